@@ -1,0 +1,57 @@
+"""Which implementation of an op runs: one decision, in one place, by device and dtype alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "parallel", "numba")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
+_forced: str | None = None
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the block with one implementation.
+
+    `"reference"` is the paper's equation as a loop over time, `"parallel"` the chunked PyTorch form (any device, any
+    dtype, differentiable twice), `"numba"` the fused CPU kernel. Raises ValueError for any other name.
+
+    >>> import tidegate, torch
+    >>> with tidegate.backend("reference"):
+    ...     h, state = tidegate.ops.scan(torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1))
+    >>> h.flatten().tolist()
+    [1.0, 1.5, 1.75]
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend: seen {name!r}, wanted one of {', '.join(BACKENDS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(tensor: Tensor) -> str:
+    """The backend for an op whose main input is `tensor`."""
+    return _forced or explain(tensor.device.type, tensor.dtype)[0] if not _traced() else _forced or "parallel"
+
+
+def explain(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend chosen for a device and dtype, and the reason; what `tidegate doctor` prints."""
+    if device != "cpu":
+        return "parallel", f"no fused kernels for {device}; the chunked PyTorch form runs on any device"
+    if dtype not in _KERNEL_DTYPES:
+        return "parallel", f"fused kernels compute in float32; {dtype} takes the chunked PyTorch form"
+    return "numba", "fused CPU kernels"
+
+
+def _traced() -> bool:
+    # torch.export wants plain PyTorch in its graph, and vmap cannot see into a kernel.
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,0 +1,236 @@
+"""What every Numba kernel is built from: compilation, threads, exp, and a small matrix product.
+
+Import this (and so Numba) only from a `numba_cpu.py`, which is itself imported on the first call that needs it.
+
+Kernels take `(begin, end, ...)`, the range of independent problems they are to solve, release the GIL, and are spread
+over threads by `run`. Each problem is computed the same way whoever computes it, so results do not depend on the
+number of threads. There is no OpenMP in them: PyTorch's own pool stays the only one, and any thread may call.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np import arrayobj
+from torch import Tensor
+
+# Everything of fastmath but the licence to assume that there are no NaN and no infinities.
+FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+
+# float32 lanes of the widest vector register. Scratch matrices have rows that are a multiple of this.
+LANES = 16 if llvm.get_host_cpu_features().get("avx512f") else 8
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile on first call, without the GIL, cached on disk.
+
+    The cache looks at the kernel's own file only: after an edit of this one, `make clean` (see CONTRIBUTING).
+    """
+    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)(function)
+
+
+def inline(function: Callable[..., Any]) -> Any:
+    """A scalar helper that becomes part of the loop it is called from, so that the loop still vectorises."""
+    return numba.njit(nogil=True, fastmath=FASTMATH, error_model="numpy", inline="always")(function)
+
+
+def pad(columns: int) -> int:
+    """The next multiple of the vector length, at least one."""
+    return max(LANES, -(-columns // LANES) * LANES)
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
+    """Call `kernel(begin, end, *arguments)` over `range(problems)`, split among `torch.get_num_threads()` threads."""
+    threads = min(torch.get_num_threads(), problems)
+    if threads <= 1:
+        kernel(0, problems, *arguments)
+        return
+    bounds = [problems * part // threads for part in range(threads + 1)]
+    # The caller takes the first share itself; compilation happens here once, under Numba's own lock.
+    futures = [
+        _threads(threads - 1).submit(kernel, begin, end, *arguments)
+        for begin, end in zip(bounds[1:], bounds[2:], strict=False)
+    ]
+    kernel(bounds[0], bounds[1], *arguments)
+    for future in futures:
+        future.result()
+
+
+def _threads(wanted: int) -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None or _pool._max_workers < wanted:
+            _pool = ThreadPoolExecutor(wanted, thread_name_prefix="tidegate")
+        return _pool
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A contiguous NumPy view (float32 for half precision) of a CPU tensor."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        tensor = tensor.float()
+    return tensor.contiguous().numpy()
+
+
+# -- elementwise -------------------------------------------------------------------------------------------------------
+@inline
+def exp32(x):
+    """float32 exp that vectorises: range reduction, a polynomial, the exponent put in by its bits. Relative error 1e-7."""
+    clamped = np.float32(min(max(x, np.float32(-87.0)), np.float32(88.0)))
+    n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))
+    r = clamped - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    y = (p * r * r + r + np.float32(1.0)) * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    y = np.float32(0.0) if x < np.float32(-87.0) else y
+    return x if x != x else y
+
+
+# -- matrix product ----------------------------------------------------------------------------------------------------
+@intrinsic
+def wide_vectors(typing_context):
+    """Let the function this stands in use the full vector width (LLVM prefers half of it on AVX-512 machines)."""
+
+    def generate(context, builder, signature, arguments):
+        # llvmlite knows the common attributes only; its set accepts any other through the base class.
+        set.add(builder.function.attributes, f'"prefer-vector-width"="{LANES * 32}"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _make_tile(rows: int, vectors: int):
+    """An intrinsic for one register tile: O[:rows, :vectors*LANES] += A[:rows, :J] @ B[:J, :vectors*LANES].
+
+    LLVM cannot prove that rows of scratch arrays do not overlap and re-reads memory after every store; written out in
+    vector instructions, the accumulators stay in registers over the whole inner product.
+    """
+
+    @intrinsic
+    def tile(typing_context, a, a_at, a_row, a_column, b, b_at, b_row, o, o_at, o_row, inner):
+        signature = types.void(a, *(types.intp,) * 3, b, *(types.intp,) * 2, o, *(types.intp,) * 3)
+
+        def generate(context, builder, signature, arguments):
+            a_value, a_at, a_row, a_column, b_value, b_at, b_row, o_value, o_at, o_row, inner = arguments
+            integer, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
+
+            def number(n):
+                return ir.Constant(integer, n)
+
+            def data(kind, value):
+                return arrayobj.make_array(kind)(context, builder, value).data
+
+            def pointer(base, offset):
+                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+            def fused(x, y, z):
+                return builder.fadd(z, builder.fmul(x, y, flags=("contract",)), flags=("contract",))
+
+            a_data, b_data = data(signature.args[0], a_value), data(signature.args[4], b_value)
+            o_data = data(signature.args[7], o_value)
+            undefined = ir.Constant(vector, ir.Undefined)
+            splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+            cells = [(m, n) for m in range(rows) for n in range(vectors)]
+            places = [
+                pointer(o_data, builder.add(builder.add(o_at, builder.mul(number(m), o_row)), number(n * LANES)))
+                for m, n in cells
+            ]
+            initial = [builder.load(place, align=4) for place in places]
+            before = builder.block
+            loop, done = builder.append_basic_block("inner"), builder.append_basic_block("done")
+            builder.cbranch(builder.icmp_signed(">", inner, number(0)), loop, done)
+
+            builder.position_at_end(loop)
+            j = builder.phi(integer)
+            j.add_incoming(number(0), before)
+            sums = [builder.phi(vector) for _ in cells]
+            for total, start in zip(sums, initial, strict=True):
+                total.add_incoming(start, before)
+            b_offset = builder.add(b_at, builder.mul(j, b_row))
+            a_offset = builder.add(a_at, builder.mul(j, a_column))
+            columns = [
+                builder.load(pointer(b_data, builder.add(b_offset, number(n * LANES))), align=4) for n in range(vectors)
+            ]
+            updated = []
+            for m in range(rows):
+                scalar = builder.load(
+                    builder.gep(a_data, [builder.add(a_offset, builder.mul(number(m), a_row))]), align=4
+                )
+                first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+                broadcast = builder.shuffle_vector(first, undefined, splat)
+                updated += [fused(broadcast, columns[n], sums[m * vectors + n]) for n in range(vectors)]
+            following = builder.add(j, number(1))
+            j.add_incoming(following, builder.block)
+            for total, new in zip(sums, updated, strict=True):
+                total.add_incoming(new, builder.block)
+            end = builder.block
+            builder.cbranch(builder.icmp_signed("<", following, inner), loop, done)
+
+            builder.position_at_end(done)
+            results = []
+            for start, new in zip(initial, updated, strict=True):
+                result = builder.phi(vector)
+                result.add_incoming(start, before)
+                result.add_incoming(new, end)
+                results.append(result)
+            for place, result in zip(places, results, strict=True):
+                builder.store(result, place, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return tile
+
+
+_tile4, _tile2, _tile1 = _make_tile(4, 4), _make_tile(4, 2), _make_tile(4, 1)
+
+
+@jit
+def matmul(a, a_row, a_column, b, o, rows, inner, columns):
+    """o[:rows, :columns] += A @ b[:inner, :columns], where A[m, j] = a.flat[m * a_row + j * a_column].
+
+    float32, `b` and `o` two-dimensional and contiguous with row lengths that are multiples of LANES; `rows` a multiple
+    of 4, `columns` of LANES. `(a, 1, K)` reads a transposed, `(a, K, 1)` plainly. Pad scratch with zeros.
+    """
+    wide_vectors()
+    b_row = b.shape[1]
+    o_row = o.shape[1]
+    for m in range(0, rows, 4):
+        n = 0
+        while LANES == 16 and n + 4 * LANES <= columns:  # AVX2 has too few registers for the widest tile
+            _tile4(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
+            n += 4 * LANES
+        while n + 2 * LANES <= columns:
+            _tile2(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
+            n += 2 * LANES
+        while n < columns:
+            _tile1(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
+            n += LANES

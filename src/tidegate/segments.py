@@ -1,0 +1,166 @@
+"""Segments: where documents begin, and which positions are real."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Segments:
+    """The single way to say where documents start and which positions are padding.
+
+    `starts` (B, T) bool is True on the first real token of each document: the state is reset before it. A row whose
+    first token carries no start continues from the state that is passed in. `valid` (B, T) bool is False on padding,
+    which neither writes to a state or a convolution window nor receives gradient. Padding may stand anywhere.
+
+    >>> Segments.packed([[2, 1], [3]]).starts.int().tolist()
+    [[1, 0, 1], [1, 0, 0]]
+    >>> Segments.padded(torch.tensor([[0, 1, 1]])).valid.tolist()
+    [[False, True, True]]
+    """
+
+    def __init__(self, starts: Tensor, valid: Tensor) -> None:
+        if starts.shape != valid.shape or starts.ndim != 2:
+            raise ValueError(
+                f"segments: starts {tuple(starts.shape)} and valid {tuple(valid.shape)} must both be (batch, time)"
+            )
+        self.starts = starts
+        self.valid = valid
+
+    # -- construction ----------------------------------------------------------------------------------------------
+    @staticmethod
+    def packed(
+        lengths: Sequence[Sequence[int]], *, device: torch.device | str | None = None, continues: bool = False
+    ) -> Segments:
+        """Documents of the given lengths laid end to end in each row; shorter rows are padded on the right.
+
+        With `continues=True` the first document of each row continues from the state passed in.
+        Raises ValueError for an empty list or a length below 1.
+        """
+        if not len(lengths) or not all(len(row) for row in lengths):
+            raise ValueError("lengths: every row needs at least one document length, as in [[30, 1], [31]]")
+        if any(length < 1 for row in lengths for length in row):
+            raise ValueError(f"lengths: every document needs at least one token, seen {[list(row) for row in lengths]}")
+        time = max(sum(row) for row in lengths)
+        starts = torch.zeros(len(lengths), time, dtype=torch.bool)
+        valid = torch.zeros(len(lengths), time, dtype=torch.bool)
+        for row, row_lengths in enumerate(lengths):
+            begin = 0
+            for document, length in enumerate(row_lengths):
+                starts[row, begin] = document > 0 or not continues
+                begin += length
+            valid[row, :begin] = True
+        return Segments(starts.to(device), valid.to(device))
+
+    @staticmethod
+    def padded(mask: Tensor) -> Segments:
+        """One sequence per row; `mask` (B, T) is true (non-zero) on real tokens."""
+        mask = torch.as_tensor(mask)
+        if mask.ndim != 2:
+            raise ValueError(f"mask: seen shape {tuple(mask.shape)}, wanted (batch, time)")
+        return Segments(torch.zeros_like(mask, dtype=torch.bool), mask != 0)
+
+    @classmethod
+    def _from_leaves(cls, starts: Tensor, valid: Tensor) -> Segments:
+        # Pytree rebuilds trees of things that are no tensors (dimension specs, None); they carry no shape to check.
+        segments = object.__new__(cls)
+        segments.starts, segments.valid = starts, valid
+        return segments
+
+    def __and__(self, other: Segments) -> Segments:
+        """Both at once: documents of either, padding of either. A start that falls on padding moves to the next token.
+
+        >>> both = Segments.packed([[2, 2]]) & Segments.padded(torch.tensor([[1, 1, 0, 1]]))
+        >>> both.starts.int().tolist()
+        [[1, 0, 0, 1]]
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"segments: cannot combine shapes {self.shape} and {other.shape}")
+        valid = self.valid & other.valid
+        document = (self.starts | other.starts).cumsum(1)
+        seen = torch.where(valid, document, 0).cummax(1).values  # last document that had a real token so far
+        before = torch.nn.functional.pad(seen[:, :-1], (1, 0))
+        return Segments(valid & (document > before), valid)
+
+    # -- views -----------------------------------------------------------------------------------------------------
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, time)."""
+        return self.valid.shape[0], self.valid.shape[1]
+
+    def __getitem__(self, index: slice | tuple[slice | Tensor | list[int], slice]) -> Segments:
+        """`segments[a:b]` cuts time; `segments[rows, a:b]` cuts both. A cut inside a document continues it."""
+        rows, time = index if isinstance(index, tuple) else (slice(None), index)
+        return Segments(self.starts[rows][:, time], self.valid[rows][:, time])
+
+    def to(self, device: torch.device | str) -> Segments:
+        """The same segments on another device."""
+        return Segments(self.starts.to(device), self.valid.to(device))
+
+    @property
+    def documents(self) -> Tensor:
+        """(B, T) running document number; 0 is the one that continues from the state passed in."""
+        return self.starts.cumsum(1)
+
+    def positions(self, offset: Tensor | None = None) -> Tensor:
+        """(B, T) index of each real token in its document; `offset` (B,) tokens of document 0 came before."""
+        order = self.valid.cumsum(1) - 1  # index among the row's real tokens
+        first = torch.where(self.starts, order, -1).cummax(1).values  # order of the current document's first token
+        position = order - first.clamp(min=0)
+        if offset is not None:
+            position = position + torch.where(first < 0, offset[:, None], 0)
+        return position.clamp(min=0)
+
+    def previous(self) -> Tensor:
+        """(B, T) time index of the previous real token of the same document, -1 if there is none in this call."""
+        time = torch.arange(self.shape[1], device=self.valid.device)
+        seen = torch.where(self.valid, time, -1).cummax(1).values
+        before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
+        return torch.where(self.starts | ~self.valid, -1, before)
+
+    def in_last_document(self) -> Tensor:
+        """(B, T) real tokens of the document that the final state belongs to."""
+        documents = self.documents
+        return self.valid & (documents == documents[:, -1:])
+
+    def lengths(self) -> Tensor:
+        """(B,) number of real tokens in each row."""
+        return self.valid.sum(1)
+
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """`x` (B, T, ...) with zeros on padding, whatever stood there (NaN included), and no gradient to it."""
+        valid = self.valid.reshape(*self.valid.shape, *[1] * (x.ndim - 2))
+        return torch.where(valid, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def codes(self) -> Tensor:
+        """(B, T) uint8 for kernels: 0 an ordinary token, 1 the first of a document, 2 padding."""
+        return torch.where(self.valid, self.starts.to(torch.uint8), torch.full_like(self.valid, 2, dtype=torch.uint8))
+
+    def __repr__(self) -> str:
+        return f"Segments(batch={self.shape[0]}, time={self.shape[1]}, documents={int(self.starts.sum())})"
+
+
+def zero_padding(x: Tensor, segments: Segments | None) -> Tensor:
+    """`segments.zero_padding(x)`, after checking that the shapes belong together; `x` itself without segments."""
+    if segments is None:
+        return x
+    if segments.shape != tuple(x.shape[:2]):
+        raise ValueError(
+            f"segments: made for (batch, time) = {segments.shape}, but the input is {tuple(x.shape[:2])}; "
+            "cut them together with segments[a:b]"
+        )
+    return segments.zero_padding(x)
+
+
+pytree.register_pytree_node(
+    Segments,
+    lambda segments: ([segments.starts, segments.valid], None),
+    lambda leaves, _: Segments._from_leaves(*leaves),
+    serialized_type_name="tidegate.Segments",
+    to_dumpable_context=lambda _: None,
+    from_dumpable_context=lambda _: None,
+    flatten_with_keys_fn=lambda s: ([(pytree.GetAttrKey("starts"), s.starts), (pytree.GetAttrKey("valid"), s.valid)], None),
+)
