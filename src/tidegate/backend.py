@@ -38,7 +38,13 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(tensor: Tensor) -> str:
     """The backend for an op whose main input is `tensor`."""
-    return _forced or explain(tensor.device.type, tensor.dtype)[0] if not _traced() else _forced or "parallel"
+    if _forced:
+        return _forced
+    if torch.compiler.is_exporting():
+        return "reference"  # as one scan operator over time (ops/loop.py): plain PyTorch, small, any length
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "parallel"  # torch.vmap and torch.func cannot see into a kernel
+    return explain(tensor.device.type, tensor.dtype)[0]
 
 
 def explain(device: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -48,10 +54,3 @@ def explain(device: str, dtype: torch.dtype) -> tuple[str, str]:
     if dtype not in _KERNEL_DTYPES:
         return "parallel", f"fused kernels compute in float32; {dtype} takes the chunked PyTorch form"
     return "numba", "fused CPU kernels"
-
-
-def _traced() -> bool:
-    # torch.export wants plain PyTorch in its graph, and vmap cannot see into a kernel.
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._functorch.peek_interpreter_stack() is not None
