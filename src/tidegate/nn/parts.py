@@ -1,0 +1,97 @@
+"""Small parts that mixers and models share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from tidegate.ops import short_convolution
+from tidegate.segments import Segments
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, with its tail as state: `y, tail = conv(x, tail, segments)`.
+
+    y_t = sum_j weight[:, j] * x_{t - (width - 1) + j} + bias, x, y (B, T, D), tail (B, width - 1, D); an optional
+    SiLU follows. The window never reaches into another document and skips padding.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        width: int = 4,
+        *,
+        bias: bool = False,
+        activation: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.width, self.activation = dim, width, activation
+        self.weight = nn.Parameter(torch.empty(dim, width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ±width^(-1/2), as torch.nn.Conv1d with one input channel per group."""
+        bound = 1 / math.sqrt(self.width)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, tail: Tensor | None = None, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+        y, tail = short_convolution(x, self.weight, self.bias, state=tail, segments=segments)
+        return (nn.functional.silu(y) if self.activation else y), tail
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, width={self.width}, bias={self.bias is not None}, activation={self.activation}"
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, H * D) -> (B, T, H, D)."""
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
+
+
+def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """The y with softplus(y) = x, for x > 0."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def log_uniform_steps(*shape: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:
+    """Bias under a softplus whose value is a time step drawn log-uniformly from [low, high] (Mamba, arXiv 2312.00752)."""
+    steps = torch.exp(torch.rand(*shape) * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=floor)
+    return inverse_softplus(steps)
+
+
+def feed_forward_width(dim: int, multiple: int = 32) -> int:
+    """Hidden width of a SwiGLU with as many weights as a plain 4x layer: 8/3 dim, rounded up."""
+    return -(-8 * dim // (3 * multiple)) * multiple
+
+
+class SwiGLU(nn.Module):
+    """y = (silu(x W1) * (x W2)) W3, without biases (Shazeer 2020, arXiv 2002.05202). x, y: (..., D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or feed_forward_width(dim)
+        factory = {"device": device, "dtype": dtype, "bias": False}
+        self.gate_and_up = nn.Linear(dim, 2 * hidden, **factory)  # type: ignore[arg-type]
+        self.down = nn.Linear(hidden, dim, **factory)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)

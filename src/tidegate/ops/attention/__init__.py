@@ -1,0 +1,2 @@
+def attention(*arguments, **options):
+    raise RuntimeError("attention is being written")

@@ -1,0 +1,2 @@
+def scan(*arguments, **options):
+    raise RuntimeError("scan is being written")
