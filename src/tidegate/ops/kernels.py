@@ -9,6 +9,7 @@ number of threads. There is no OpenMP in them: PyTorch's own pool stays the only
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -65,11 +66,20 @@ def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
     # The caller takes the first share itself; compilation happens here once, under Numba's own lock.
     futures = [
         _threads(threads - 1).submit(kernel, begin, end, *arguments)
-        for begin, end in zip(bounds[1:], bounds[2:], strict=False)
+        for begin, end in itertools.pairwise(bounds[1:])
     ]
     kernel(bounds[0], bounds[1], *arguments)
     for future in futures:
         future.result()
+
+
+def block(columns: int, rows: int) -> int:
+    """How many of `columns` one problem takes, where columns are independent: long rows, but work for every thread.
+
+    A multiple of 256, so that it makes no difference to any column's arithmetic where the blocks end.
+    """
+    pieces = -(-torch.get_num_threads() // rows)
+    return min(1024, -(-columns // (256 * pieces)) * 256)
 
 
 def _threads(wanted: int) -> ThreadPoolExecutor:
@@ -99,7 +109,10 @@ def array(tensor: Tensor) -> np.ndarray:
 # -- elementwise -------------------------------------------------------------------------------------------------------
 @inline
 def exp32(x):
-    """float32 exp that vectorises: range reduction, a polynomial, the exponent put in by its bits. Relative error 1e-7."""
+    """float32 exp that vectorises: range reduction, a polynomial, the exponent put in by its bits; error 1.2e-7.
+
+    Zero below -87, never infinite: above 88 it stays at exp(88), so that a product with zero is zero. NaN stays NaN.
+    """
     clamped = np.float32(min(max(x, np.float32(-87.0)), np.float32(88.0)))
     n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))
     r = clamped - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -127,19 +140,23 @@ def wide_vectors(typing_context):
     return types.void(), generate
 
 
-def _make_tile(rows: int, vectors: int):
-    """An intrinsic for one register tile: O[:rows, :vectors*LANES] += A[:rows, :J] @ B[:J, :vectors*LANES].
+def _make_tile(rows: int, vectors: int, start: str):
+    """An intrinsic for one register tile: O[:rows, :vectors*LANES] = start + A[:rows, :J] @ B[:J, :vectors*LANES].
+
+    `start` says what the sums begin with: "zero", "add" (O itself), "rows" (O, each row times its entry of `factors`)
+    or "columns" (O, each column times its entry).
 
     LLVM cannot prove that rows of scratch arrays do not overlap and re-reads memory after every store; written out in
     vector instructions, the accumulators stay in registers over the whole inner product.
     """
 
     @intrinsic
-    def tile(typing_context, a, a_at, a_row, a_column, b, b_at, b_row, o, o_at, o_row, inner):
-        signature = types.void(a, *(types.intp,) * 3, b, *(types.intp,) * 2, o, *(types.intp,) * 3)
+    def tile(typing_context, a, a_at, a_row, a_column, b, b_at, b_row, o, o_at, o_row, inner, factors, factor_at):
+        counts = (types.intp,)
+        signature = types.void(a, *counts * 3, b, *counts * 2, o, *counts * 3, factors, types.intp)
 
         def generate(context, builder, signature, arguments):
-            a_value, a_at, a_row, a_column, b_value, b_at, b_row, o_value, o_at, o_row, inner = arguments
+            a_value, a_at, a_row, a_column, b_value, b_at, b_row, o_value, o_at, o_row, inner, *scaling = arguments
             integer, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), LANES)
 
             def number(n):
@@ -156,14 +173,33 @@ def _make_tile(rows: int, vectors: int):
 
             a_data, b_data = data(signature.args[0], a_value), data(signature.args[4], b_value)
             o_data = data(signature.args[7], o_value)
+            factors, factor_at = data(signature.args[11], scaling[0]), scaling[1]
             undefined = ir.Constant(vector, ir.Undefined)
-            splat = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+
+            def splat(scalar):
+                first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+                return builder.shuffle_vector(first, undefined, everywhere)
+
             cells = [(m, n) for m in range(rows) for n in range(vectors)]
             places = [
                 pointer(o_data, builder.add(builder.add(o_at, builder.mul(number(m), o_row)), number(n * LANES)))
                 for m, n in cells
             ]
-            initial = [builder.load(place, align=4) for place in places]
+            if start == "zero":
+                initial = [ir.Constant(vector, [0.0] * LANES) for _ in cells]
+            else:
+                initial = [builder.load(place, align=4) for place in places]
+            if start == "rows":
+                ends = [builder.gep(factors, [builder.add(factor_at, number(m))]) for m in range(rows)]
+                scales = [splat(builder.load(end, align=4)) for end in ends]
+                initial = [builder.fmul(x, scales[m]) for x, (m, _) in zip(initial, cells, strict=True)]
+            elif start == "columns":
+                scales = [
+                    builder.load(pointer(factors, builder.add(factor_at, number(n * LANES))), align=4)
+                    for n in range(vectors)
+                ]
+                initial = [builder.fmul(x, scales[n]) for x, (_, n) in zip(initial, cells, strict=True)]
             before = builder.block
             loop, done = builder.append_basic_block("inner"), builder.append_basic_block("done")
             builder.cbranch(builder.icmp_signed(">", inner, number(0)), loop, done)
@@ -172,8 +208,8 @@ def _make_tile(rows: int, vectors: int):
             j = builder.phi(integer)
             j.add_incoming(number(0), before)
             sums = [builder.phi(vector) for _ in cells]
-            for total, start in zip(sums, initial, strict=True):
-                total.add_incoming(start, before)
+            for total, value in zip(sums, initial, strict=True):
+                total.add_incoming(value, before)
             b_offset = builder.add(b_at, builder.mul(j, b_row))
             a_offset = builder.add(a_at, builder.mul(j, a_column))
             columns = [
@@ -184,8 +220,7 @@ def _make_tile(rows: int, vectors: int):
                 scalar = builder.load(
                     builder.gep(a_data, [builder.add(a_offset, builder.mul(number(m), a_row))]), align=4
                 )
-                first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-                broadcast = builder.shuffle_vector(first, undefined, splat)
+                broadcast = splat(scalar)
                 updated += [fused(broadcast, columns[n], sums[m * vectors + n]) for n in range(vectors)]
             following = builder.add(j, number(1))
             j.add_incoming(following, builder.block)
@@ -196,9 +231,9 @@ def _make_tile(rows: int, vectors: int):
 
             builder.position_at_end(done)
             results = []
-            for start, new in zip(initial, updated, strict=True):
+            for value, new in zip(initial, updated, strict=True):
                 result = builder.phi(vector)
-                result.add_incoming(start, before)
+                result.add_incoming(value, before)
                 result.add_incoming(new, end)
                 results.append(result)
             for place, result in zip(places, results, strict=True):
@@ -210,7 +245,36 @@ def _make_tile(rows: int, vectors: int):
     return tile
 
 
-_tile4, _tile2, _tile1 = _make_tile(4, 4), _make_tile(4, 2), _make_tile(4, 1)
+_tiles = {start: [_make_tile(4, vectors, start) for vectors in (4, 2, 1)] for start in ("zero", "add", "rows", "columns")}
+
+
+def _product(start: str):
+    tile4, tile2, tile1 = _tiles[start]
+    by_row, by_column = np.int64(start == "rows"), np.int64(start == "columns")
+
+    @inline
+    def product(a, a_row, a_column, b, o, rows, inner, columns, factors):
+        b_row = b.shape[1]
+        o_row = o.shape[1]
+        for m in range(0, rows, 4):
+            n = 0
+            while LANES == 16 and n + 4 * LANES <= columns:  # AVX2 has too few registers for the widest tile
+                at = m * by_row + n * by_column
+                tile4(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                n += 4 * LANES
+            while n + 2 * LANES <= columns:
+                at = m * by_row + n * by_column
+                tile2(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                n += 2 * LANES
+            while n < columns:
+                at = m * by_row + n * by_column
+                tile1(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                n += LANES
+
+    return product
+
+
+_zero, _add, _rows, _columns = _product("zero"), _product("add"), _product("rows"), _product("columns")
 
 
 @jit
@@ -221,16 +285,88 @@ def matmul(a, a_row, a_column, b, o, rows, inner, columns):
     of 4, `columns` of LANES. `(a, 1, K)` reads a transposed, `(a, K, 1)` plainly. Pad scratch with zeros.
     """
     wide_vectors()
-    b_row = b.shape[1]
-    o_row = o.shape[1]
-    for m in range(0, rows, 4):
-        n = 0
-        while LANES == 16 and n + 4 * LANES <= columns:  # AVX2 has too few registers for the widest tile
-            _tile4(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
-            n += 4 * LANES
-        while n + 2 * LANES <= columns:
-            _tile2(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
-            n += 2 * LANES
-        while n < columns:
-            _tile1(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner)
-            n += LANES
+    _add(a, a_row, a_column, b, o, rows, inner, columns, a)
+
+
+@jit
+def matmul_into(a, a_row, a_column, b, o, rows, inner, columns):
+    """As `matmul`, but o = A @ b: what stood in o does not matter."""
+    wide_vectors()
+    _zero(a, a_row, a_column, b, o, rows, inner, columns, a)
+
+
+@jit
+def matmul_rows(a, a_row, a_column, b, o, rows, inner, columns, factors):
+    """As `matmul`, but o = factors[:, None] * o + A @ b."""
+    wide_vectors()
+    _rows(a, a_row, a_column, b, o, rows, inner, columns, factors)
+
+
+@jit
+def matmul_columns(a, a_row, a_column, b, o, rows, inner, columns, factors):
+    """As `matmul`, but o = factors * o + A @ b."""
+    wide_vectors()
+    _columns(a, a_row, a_column, b, o, rows, inner, columns, factors)
+
+
+@intrinsic
+def _transpose_block(typing_context, x, x_at, x_row, o, o_at, o_row):
+    """LANES x LANES entries of x, transposed into o, by log2(LANES) rounds of register shuffles."""
+    signature = types.void(x, types.intp, types.intp, o, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        x_value, x_at, x_row, o_value, o_at, o_row = arguments
+        vector, integer = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+
+        def pointer(kind, value, at, row, m):
+            base = arrayobj.make_array(kind)(context, builder, value).data
+            offset = builder.add(at, builder.mul(ir.Constant(integer, m), row))
+            return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+        def pick(first, second, lanes):
+            return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+
+        lines = [
+            builder.load(pointer(signature.args[0], x_value, x_at, x_row, m), align=4) for m in range(LANES)
+        ]
+        step = 1
+        while step < LANES:
+            for i in range(LANES):
+                if i & step:
+                    continue
+                low, high = lines[i], lines[i + step]
+                lines[i] = pick(low, high, [LANES + n - step if n & step else n for n in range(LANES)])
+                lines[i + step] = pick(low, high, [LANES + n if n & step else n + step for n in range(LANES)])
+            step *= 2
+        for m, line in enumerate(lines):
+            builder.store(line, pointer(signature.args[3], o_value, o_at, o_row, m), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@jit
+def transpose(x, rows, columns, o):
+    """o[c, m] = x[m, c]; two-dimensional and contiguous, both extents padded to multiples of LANES in memory."""
+    wide_vectors()
+    x_row, o_row = x.shape[1], o.shape[1]
+    for m in range(0, rows, LANES):
+        for c in range(0, columns, LANES):
+            _transpose_block(x, m * x_row + c, x_row, o, c * o_row + m, o_row)
+
+
+# -- autograd ----------------------------------------------------------------------------------------------------------
+def differentiable_gradients(
+    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor | None], gradients: tuple[Tensor, ...]
+) -> list[Tensor | None]:
+    """Gradients of `function(*inputs)` that can be differentiated again; None where an input wants none.
+
+    What a kernel's backward returns under `create_graph=True`, with `function` the parallel form of the same op.
+    """
+    with torch.enable_grad():
+        # New views, so that the graph between these inputs and the function's outputs is this one alone.
+        copies = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        wanted = [x for x in copies if x is not None and x.requires_grad]
+        outputs = function(*copies)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in copies]
