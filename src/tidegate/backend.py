@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # `import tidegate` needs this module, and must not wait a second for PyTorch
+    import torch
+    from torch import Tensor
 
 BACKENDS = ("reference", "parallel", "numba")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
 _forced: str | None = None
 
 
@@ -18,7 +19,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every op inside the block with one implementation.
 
     `"reference"` is the paper's equation as a loop over time, `"parallel"` the chunked PyTorch form (any device, any
-    dtype, differentiable twice), `"numba"` the fused CPU kernel. Raises ValueError for any other name.
+    dtype, differentiable twice), `"numba"` the fused CPU kernel. Raises ValueError for any other name. The choice holds
+    for the whole process, all its threads, so that compiled code sees it too.
 
     >>> import tidegate, torch
     >>> with tidegate.backend("reference"):
@@ -38,6 +40,8 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(tensor: Tensor) -> str:
     """The backend for an op whose main input is `tensor`."""
+    import torch
+
     if _forced:
         return _forced
     if torch.compiler.is_exporting():
@@ -49,8 +53,10 @@ def choose(tensor: Tensor) -> str:
 
 def explain(device: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend chosen for a device and dtype, and the reason; what `tidegate doctor` prints."""
+    import torch
+
     if device != "cpu":
         return "parallel", f"no fused kernels for {device}; the chunked PyTorch form runs on any device"
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.complex64):
         return "parallel", f"fused kernels compute in float32; {dtype} takes the chunked PyTorch form"
     return "numba", "fused CPU kernels"

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -53,6 +54,7 @@ class Info:
 
 _mixers: dict[str, Info] = {}
 _discovered = False
+_discovery = threading.RLock()
 
 
 def register(
@@ -76,6 +78,8 @@ def register(
         raise ValueError(f"family: seen {family!r}, wanted one of {', '.join(FAMILIES)}")
     if unknown := set(exceptions or {}) - PROPERTIES:
         raise ValueError(f"exceptions: unknown properties {sorted(unknown)}, wanted some of {sorted(PROPERTIES)}")
+    if unexplained := [key for key, reason in (exceptions or {}).items() if not reason.strip()]:
+        raise ValueError(f"exceptions: {', '.join(unexplained)} lacks the reason why the architecture cannot have it")
 
     def decorate(cls: Class) -> Class:
         taken = _mixers.get(name)
@@ -125,7 +129,8 @@ def check_options(name: str, options: Iterable[str] | Mapping[str, Any]) -> None
                 f"{name}: no option {option!r}{did_you_mean(option, valid)}; it takes {', '.join(known.options)}"
             )
     if isinstance(options, Mapping) and (preset := options.get("preset")) and preset not in known.presets:
-        raise ValueError(f"{name}: no preset {preset!r}; it has {', '.join(known.presets) or 'none'}")
+        hint = did_you_mean(str(preset), known.presets)
+        raise ValueError(f"{name}: no preset {preset!r}{hint}; it has {', '.join(known.presets) or 'none'}")
 
 
 def did_you_mean(seen: str, valid: Iterable[str]) -> str:
@@ -137,8 +142,14 @@ def did_you_mean(seen: str, valid: Iterable[str]) -> str:
 def _discover() -> None:
     # Every file in mixers/ registers itself when imported, so adding an architecture is adding one file.
     global _discovered
-    if not _discovered:
-        _discovered = True
-        package = importlib.import_module("tidegate.mixers")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"tidegate.mixers.{module.name}")
+    with _discovery:
+        if _discovered:
+            return
+        _discovered = True  # a mixer may ask for names() while it is being imported
+        try:
+            package = importlib.import_module("tidegate.mixers")
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"tidegate.mixers.{module.name}")
+        except BaseException:
+            _discovered = False  # else the next call would pass off half the registry as all of it
+            raise

@@ -14,7 +14,8 @@ class Segments:
 
     `starts` (B, T) bool is True on the first real token of each document: the state is reset before it. A row whose
     first token carries no start continues from the state that is passed in. `valid` (B, T) bool is False on padding,
-    which neither writes to a state or a convolution window nor receives gradient. Padding may stand anywhere.
+    which neither writes to a state or a convolution window nor receives gradient. Padding may stand anywhere; a start
+    that is given on padding moves to the next real token.
 
     >>> Segments.packed([[2, 1], [3]]).starts.int().tolist()
     [[1, 0, 1], [1, 0, 0]]
@@ -27,7 +28,11 @@ class Segments:
             raise ValueError(
                 f"segments: starts {tuple(starts.shape)} and valid {tuple(valid.shape)} must both be (batch, time)"
             )
-        self.starts = starts
+        valid = valid != 0
+        document = (starts != 0).cumsum(1)
+        seen = torch.where(valid, document, 0).cummax(1).values  # last document that had a real token so far
+        before = torch.nn.functional.pad(seen, (1, 0))[:, :-1]
+        self.starts = valid & (document > before)
         self.valid = valid
 
     # -- construction ----------------------------------------------------------------------------------------------
@@ -40,7 +45,7 @@ class Segments:
         With `continues=True` the first document of each row continues from the state passed in.
         Raises ValueError for an empty list or a length below 1.
         """
-        if not len(lengths) or not all(len(row) for row in lengths):
+        if not len(lengths) or not all(isinstance(row, Sequence) and len(row) for row in lengths):
             raise ValueError("lengths: every row needs at least one document length, as in [[30, 1], [31]]")
         if any(length < 1 for row in lengths for length in row):
             raise ValueError(f"lengths: every document needs at least one token, seen {[list(row) for row in lengths]}")
@@ -79,11 +84,7 @@ class Segments:
         """
         if self.shape != other.shape:
             raise ValueError(f"segments: cannot combine shapes {self.shape} and {other.shape}")
-        valid = self.valid & other.valid
-        document = (self.starts | other.starts).cumsum(1)
-        seen = torch.where(valid, document, 0).cummax(1).values  # last document that had a real token so far
-        before = torch.nn.functional.pad(seen[:, :-1], (1, 0))
-        return Segments(valid & (document > before), valid)
+        return Segments(self.starts | other.starts, self.valid & other.valid)
 
     # -- views -----------------------------------------------------------------------------------------------------
     @property
@@ -94,11 +95,13 @@ class Segments:
     def __getitem__(self, index: slice | tuple[slice | Tensor | list[int], slice]) -> Segments:
         """`segments[a:b]` cuts time; `segments[rows, a:b]` cuts both. A cut inside a document continues it."""
         rows, time = index if isinstance(index, tuple) else (slice(None), index)
-        return Segments(self.starts[rows][:, time], self.valid[rows][:, time])
+        if not isinstance(time, slice) or isinstance(rows, int):
+            raise ValueError("index: wanted slices, as in segments[a:b] or segments[rows, a:b]; a row is [r : r + 1]")
+        return Segments._from_leaves(self.starts[rows][:, time], self.valid[rows][:, time])
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments on another device."""
-        return Segments(self.starts.to(device), self.valid.to(device))
+        return Segments._from_leaves(self.starts.to(device), self.valid.to(device))
 
     @property
     def documents(self) -> Tensor:
@@ -118,7 +121,7 @@ class Segments:
         """(B, T) time index of the previous real token of the same document, -1 if there is none in this call."""
         time = torch.arange(self.shape[1], device=self.valid.device)
         seen = torch.where(self.valid, time, -1).cummax(1).values
-        before = torch.nn.functional.pad(seen[:, :-1], (1, 0), value=-1)
+        before = torch.nn.functional.pad(seen, (1, 0), value=-1)[:, :-1]
         return torch.where(self.starts | ~self.valid, -1, before)
 
     def in_last_document(self) -> Tensor:
@@ -140,13 +143,17 @@ class Segments:
         return torch.where(self.valid, self.starts.to(torch.uint8), torch.full_like(self.valid, 2, dtype=torch.uint8))
 
     def __repr__(self) -> str:
-        return f"Segments(batch={self.shape[0]}, time={self.shape[1]}, documents={int(self.starts.sum())})"
+        if not isinstance(self.valid, Tensor):  # in a pytree of something else, as the dynamic shapes of an export
+            return f"Segments(starts={self.starts!r}, valid={self.valid!r})"
+        return f"Segments(batch={self.shape[0]}, time={self.shape[1]})"
 
 
 def zero_padding(x: Tensor, segments: Segments | None) -> Tensor:
     """`segments.zero_padding(x)`, after checking that the shapes belong together; `x` itself without segments."""
     if segments is None:
         return x
+    if not isinstance(segments, Segments):
+        raise ValueError(f"segments: seen {type(segments).__name__}, wanted Segments; of a mask, Segments.padded(mask)")
     if segments.shape != tuple(x.shape[:2]):
         raise ValueError(
             f"segments: made for (batch, time) = {segments.shape}, but the input is {tuple(x.shape[:2])}; "
@@ -162,5 +169,5 @@ pytree.register_pytree_node(
     serialized_type_name="tidegate.Segments",
     to_dumpable_context=lambda _: None,
     from_dumpable_context=lambda _: None,
-    flatten_with_keys_fn=lambda s: ([(pytree.GetAttrKey("starts"), s.starts), (pytree.GetAttrKey("valid"), s.valid)], None),
+    flatten_with_keys_fn=lambda s: ([(pytree.GetAttrKey(key), getattr(s, key)) for key in ("starts", "valid")], None),
 )

@@ -1,13 +1,14 @@
 """State: what a recurrent layer remembers between two calls.
 
 A frozen tree of tensors whose first axis is the batch. It knows nothing of layers: a mixer's state is
-`State(memory=S, convolution=tail)`, a model's is `State({"0": ..., "1": ...})`, and every operation below works on both.
+`State(memory=S, convolution=tail)`, a model's is `State({"0": ..., "1": ...})`; every operation below works on both.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
@@ -35,6 +36,9 @@ class State(Mapping[str, Leaf]):
 
     def __init__(self, entries: Mapping[str, Leaf] | None = None, /, **named: Leaf) -> None:
         self._entries: dict[str, Leaf] = {**(entries or {}), **named}
+        for name in self._entries:
+            if _SEPARATOR in name:  # paths of nested entries are joined with it: two tensors could share one path
+                raise ValueError(f"entries: the name {name!r} contains {_SEPARATOR!r}, which separates nested names")
 
     # -- mapping ---------------------------------------------------------------------------------------------------
     def __getitem__(self, name: str) -> Any:
@@ -48,7 +52,7 @@ class State(Mapping[str, Leaf]):
 
     def __repr__(self) -> str:
         shown = (
-            f"{name}={leaf!r}" if isinstance(leaf, State) else f"{name}={tuple(leaf.shape)}"
+            f"{name}={tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{name}={leaf!r}"
             for name, leaf in self.items()
         )
         return f"State({', '.join(shown)})"
@@ -73,11 +77,14 @@ class State(Mapping[str, Leaf]):
         return self.map(lambda leaf: leaf.detach())
 
     def to(self, *args: Any, **kwargs: Any) -> State:
-        """Move or cast as `torch.Tensor.to`; integer tensors (positions) keep their dtype."""
+        """Move or cast as `torch.nn.Module.to`; integers (positions) keep their dtype, complex tensors stay complex."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
 
         def move(leaf: Tensor) -> Tensor:
-            moved = leaf.to(*args, **kwargs)
-            return moved if leaf.is_floating_point() or leaf.is_complex() else moved.to(leaf.dtype)
+            wanted = dtype if leaf.is_floating_point() or leaf.is_complex() else None
+            if leaf.is_complex() and dtype is not None and not dtype.is_complex:
+                wanted = torch.complex128 if dtype == torch.float64 else torch.complex64
+            return leaf.to(device, wanted, non_blocking)
 
         return self.map(move)
 
@@ -90,6 +97,8 @@ class State(Mapping[str, Leaf]):
             index = [index % size]
         if not isinstance(index, slice):
             index = torch.as_tensor(index)
+            index = index.long() if index.numel() == 0 else index  # an empty list has the dtype of no index
+            index = index.reshape(1) if index.ndim == 0 else index  # one row is a batch of one
         return self.map(lambda leaf: leaf[index.to(leaf.device) if isinstance(index, Tensor) else index])
 
     @staticmethod
@@ -107,6 +116,8 @@ class State(Mapping[str, Leaf]):
         joined: dict[str, Leaf] = {}
         for name, leaf in first.items():
             leaves = [state[name] for state in states]
+            if len({isinstance(other, State) for other in leaves}) > 1:
+                raise ValueError(f"states: {name!r} is a tensor in one and nested in another; they cannot join")
             if isinstance(leaf, State):
                 joined[name] = State.concat(leaves)
             else:
@@ -130,7 +141,7 @@ class State(Mapping[str, Leaf]):
         """Write the state as safetensors; the file appears whole or not at all."""
         from safetensors.torch import save
 
-        tensors = {name: tensor.detach().contiguous() for name, tensor in self.tensors().items()}
+        tensors = {name: tensor.detach().resolve_conj().contiguous() for name, tensor in self.tensors().items()}
         complex_names = sorted(name for name, tensor in tensors.items() if tensor.is_complex())
         tensors = {n: torch.view_as_real(t).contiguous() if t.is_complex() else t for n, t in tensors.items()}
         tensors = {n: t.clone() for n, t in tensors.items()}  # safetensors refuses tensors that share memory
@@ -155,9 +166,12 @@ class State(Mapping[str, Leaf]):
             raise ValueError(f"{path}: not a readable state file ({error}); it may be truncated") from None
         if meta.get("format") != "tidegate.State":
             raise ValueError(f"{path}: a safetensors file, but not one written by State.save")
-        for name in json.loads(meta["complex"]):
-            tensors[name] = torch.view_as_complex(tensors[name])
-        return _rebuild(json.loads(meta["names"]), tensors, "")
+        try:
+            for name in json.loads(meta["complex"]):
+                tensors[name] = torch.view_as_complex(tensors[name])
+            return _rebuild(json.loads(meta["names"]), tensors, "")
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path}: the list of names does not fit the tensors ({error!r}); it is damaged") from None
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -166,7 +180,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     Written beside the target and renamed over it; an error (a full disk) removes the partial file and is raised.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -214,5 +228,5 @@ pytree.register_pytree_node(
     serialized_type_name="tidegate.State",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
-    flatten_with_keys_fn=lambda state: ([(pytree.MappingKey(name), leaf) for name, leaf in state.items()], tuple(state)),
+    flatten_with_keys_fn=lambda state: ([(pytree.MappingKey(name), leaf) for name, leaf in state.items()], (*state,)),
 )

@@ -109,7 +109,7 @@ class RetNet(Mixer):
 
 
 def token_positions(x: Tensor, before: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """(B, T) positions of tokens in their documents, `before` (B,) having come earlier; and (B,) the count at the end."""
+    """(B, T) positions of tokens in their documents after `before` (B,) earlier ones, and (B,) the count at the end."""
     if segments is None:
         positions = before[:, None] + torch.arange(x.shape[1], device=x.device)
         return positions, before + x.shape[1]

@@ -78,9 +78,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _shape_and_dtype(spec: Any, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """A leaf's shape and dtype: `"input"` stands for the input's own dtype, None for the accumulation dtype."""
+    """A leaf's shape and dtype: the accumulation dtype, its `"complex"` counterpart, the `"input"`'s own, or a fixed one."""
     if len(spec) == 2 and (isinstance(spec[1], torch.dtype | str)):
-        return tuple(spec[0]), dtype if spec[1] == "input" else spec[1]
+        named = {"input": dtype, "complex": accumulation_dtype(dtype).to_complex()}
+        return tuple(spec[0]), named[spec[1]] if isinstance(spec[1], str) else spec[1]
     return tuple(spec), accumulation_dtype(dtype)
 
 
@@ -96,6 +97,8 @@ def _check(state: Any, spec: Mapping[str, Any], batch: int, owner: str, path: st
         if isinstance(inner, Mapping):
             _check(leaf, inner, batch, owner, f"{path}[{name!r}]")
             continue
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"{path}[{name!r}]: seen {type(leaf).__name__}, wanted a tensor; it is another layer's")
         shape = (batch, *_shape_and_dtype(inner, torch.float32)[0])
         if len(leaf.shape) != len(shape) or any(w not in (GROWS, n) for n, w in zip(leaf.shape, shape, strict=True)):
             wanted = ", ".join("any" if n == GROWS else str(n) for n in shape)

@@ -54,9 +54,40 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads))
 
 
+def check_heads(dim: int, num_heads: int, expand: float = 1.0, option: str = "num_heads") -> int:
+    """Channels per head, expand * dim / num_heads. Raises ValueError unless that is a whole number >= 1."""
+    if num_heads < 1:
+        raise ValueError(f"num_heads: seen {num_heads}, wanted at least 1")
+    width = expand * dim / num_heads
+    if width < 1 or width != int(width):
+        raise ValueError(
+            f"{option}: {expand:g} * dim / num_heads = {width:g} channels per head for dim = {dim} and num_heads = "
+            f"{num_heads}; wanted a whole number"
+        )
+    return int(width)
+
+
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def token_shift(x: Tensor, last: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    """The previous real token of the same document at every position, and the one to hand to the next call.
+
+    x, shifted (B, T, D); last, new_last (B, D): the token before the first one. A document's first token sees zeros.
+    """
+    if segments is None:
+        return torch.cat([last.unsqueeze(1), x[:, :-1]], 1), x[:, -1].clone()
+    channels = x.shape[-1]
+    previous = segments.previous().unsqueeze(-1)  # -1: a first token, padding, or the token that continues `last`
+    continues = (segments.valid & ~segments.starts).unsqueeze(-1)
+    outside = torch.where(continues, last.unsqueeze(1), 0)
+    shifted = torch.where(previous >= 0, x.gather(1, previous.clamp(min=0).expand(-1, -1, channels)), outside)
+    time = torch.arange(x.shape[1], device=x.device)
+    final = torch.where(segments.valid, time, -1).amax(1)[:, None, None]
+    new_last = torch.where(final >= 0, x.gather(1, final.clamp(min=0).expand(-1, -1, channels)), last.unsqueeze(1))
+    return shifted, new_last.squeeze(1)
 
 
 def inverse_softplus(x: Tensor) -> Tensor:

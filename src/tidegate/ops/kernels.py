@@ -65,8 +65,7 @@ def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
     bounds = [problems * part // threads for part in range(threads + 1)]
     # The caller takes the first share itself; compilation happens here once, under Numba's own lock.
     futures = [
-        _threads(threads - 1).submit(kernel, begin, end, *arguments)
-        for begin, end in itertools.pairwise(bounds[1:])
+        _threads(threads - 1).submit(kernel, begin, end, *arguments) for begin, end in itertools.pairwise(bounds[1:])
     ]
     kernel(bounds[0], bounds[1], *arguments)
     for future in futures:
@@ -245,7 +244,9 @@ def _make_tile(rows: int, vectors: int, start: str):
     return tile
 
 
-_tiles = {start: [_make_tile(4, vectors, start) for vectors in (4, 2, 1)] for start in ("zero", "add", "rows", "columns")}
+_tiles = {
+    start: [_make_tile(4, vectors, start) for vectors in (4, 2, 1)] for start in ("zero", "add", "rows", "columns")
+}
 
 
 def _product(start: str):
@@ -326,9 +327,7 @@ def _transpose_block(typing_context, x, x_at, x_row, o, o_at, o_row):
         def pick(first, second, lanes):
             return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
 
-        lines = [
-            builder.load(pointer(signature.args[0], x_value, x_at, x_row, m), align=4) for m in range(LANES)
-        ]
+        lines = [builder.load(pointer(signature.args[0], x_value, x_at, x_row, m), align=4) for m in range(LANES)]
         step = 1
         while step < LANES:
             for i in range(LANES):

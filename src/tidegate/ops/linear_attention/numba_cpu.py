@@ -70,7 +70,7 @@ def plan(g, codes, b, h, begins, sizes):
 
 @jit
 def decays(g, b, h, begin, size, e, inverse, first):
-    """e = exp(G), its inverse, and the first token's own decay, for one chunk; per key channel or broadcast from one."""
+    """e = exp(G), its inverse, and the first token's own decay, for one chunk; per key or broadcast from one."""
     wide_vectors()
     channels, keys = g.shape[3], e.shape[1]
     row = g[b, begin, h]
@@ -389,7 +389,15 @@ def forward_op(
     g, flags = _arrays(q, log_decay, codes)
     inputs = [kernels.array(x) for x in (q, k, v)]
     kernels.run(
-        forward_kernel, batch * heads, *inputs, g, flags, kernels.array(state), np.float32(scale), o.numpy(), last.numpy()
+        forward_kernel,
+        batch * heads,
+        *inputs,
+        g,
+        flags,
+        kernels.array(state),
+        np.float32(scale),
+        o.numpy(),
+        last.numpy(),
     )
     return o, last
 
@@ -423,9 +431,7 @@ def backward_op(
     inputs = [kernels.array(x) for x in (q, k, v)]
     states, upstream = [kernels.array(x) for x in (state, last)], [kernels.array(x) for x in (do, dlast)]
     results = [x.numpy() for x in (dq, dk, dv, dg, dstate)]
-    kernels.run(
-        backward_kernel, batch * heads, *inputs, g, flags, *states, np.float32(scale), *upstream, *results
-    )
+    kernels.run(backward_kernel, batch * heads, *inputs, g, flags, *states, np.float32(scale), *upstream, *results)
     return dq, dk, dv, dg, dstate
 
 
@@ -433,8 +439,10 @@ def backward_op(
 def _(q, k, v, log_decay, state, codes, scale, last, do, dlast):  # type: ignore[no-untyped-def]
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     decay = q.new_empty(*q.shape[:3], 1) if log_decay is None else log_decay
-    return *like, torch.empty_like(decay, memory_format=torch.contiguous_format), torch.empty_like(
-        state, memory_format=torch.contiguous_format
+    return (
+        *like,
+        torch.empty_like(decay, memory_format=torch.contiguous_format),
+        torch.empty_like(state, memory_format=torch.contiguous_format),
     )
 
 
@@ -449,9 +457,13 @@ def _backward(ctx, do, dlast):  # type: ignore[no-untyped-def]
     if torch.is_grad_enabled():  # a second derivative is wanted: only the chunked PyTorch form has one
         inputs = [q, k, v, log_decay, state]
         segments = None if codes is None else Segments(codes == 1, codes != 2)
-        return *kernels.differentiable_gradients(
-            lambda q, k, v, g, s: parallel.linear_attention(q, k, v, g, ctx.scale, s, segments), inputs, (do, dlast)
-        ), None, None
+        return (
+            *kernels.differentiable_gradients(
+                lambda q, k, v, g, s: parallel.linear_attention(q, k, v, g, ctx.scale, s, segments), inputs, (do, dlast)
+            ),
+            None,
+            None,
+        )
     dq, dk, dv, dg, dstate = backward_op(q, k, v, log_decay, state, codes, ctx.scale, last, do, dlast)
     return dq, dk, dv, None if log_decay is None else dg, dstate, None, None
 

@@ -61,8 +61,10 @@ def linear_attention(
 def _chunks(x: Tensor, mode: str = "constant") -> Tensor:
     """(B, T, H, K) -> (B, H, chunks, CHUNK, K), padded at the end."""
     missing = -x.shape[1] % CHUNK
-    tail = x[:, -1:].expand(-1, missing, -1, -1) if mode == "replicate" else x.new_zeros(()).expand(
-        x.shape[0], missing, *x.shape[2:]
+    tail = (
+        x[:, -1:].expand(-1, missing, -1, -1)
+        if mode == "replicate"
+        else x.new_zeros(()).expand(x.shape[0], missing, *x.shape[2:])
     )
     return torch.cat([x, tail], dim=1).transpose(1, 2).unflatten(2, (-1, CHUNK))
 
