@@ -39,7 +39,8 @@ class RetNet(Mixer):
       its length scaling); None leaves it out.
     - The paper's normalisation of the decay mask has no effect behind the norm per head and is left out.
 
-    Source: arXiv 2307.08621. Shapes: x, y (B, T, dim); K = dim / num_heads, V = expand_v K.
+    Source: arXiv 2307.08621. Shapes: x, y (B, T, dim); K = expand_k dim / num_heads,
+    V = expand_v dim / num_heads.
     State: position (), the tokens of the document seen so far; memory (H, K, V).
     """
 
@@ -48,6 +49,7 @@ class RetNet(Mixer):
         dim: int,
         *,
         num_heads: int = 4,
+        expand_k: float = 1.0,
         expand_v: float = 2.0,
         rope_theta: float | None = 10000.0,
         use_output_gate: bool = True,
@@ -56,14 +58,14 @@ class RetNet(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.num_heads, self.expand_v, self.rope_theta = dim, num_heads, expand_v, rope_theta
-        self.use_output_gate, self.norm_eps = use_output_gate, norm_eps
-        self.key_dim = check_heads(dim, num_heads)
+        self.dim, self.num_heads, self.expand_k, self.expand_v = dim, num_heads, expand_k, expand_v
+        self.rope_theta, self.use_output_gate, self.norm_eps = rope_theta, use_output_gate, norm_eps
+        self.key_dim = check_heads(dim, num_heads, expand_k, "expand_k")
         self.value_dim = check_heads(dim, num_heads, expand_v, "expand_v")
         if rope_theta is not None and self.key_dim % 2:
             raise ValueError(f"rope_theta: rotation needs an even number of channels per head, seen {self.key_dim}")
         values = num_heads * self.value_dim
-        self.widths = (dim, dim, values)
+        self.widths = (num_heads * self.key_dim, num_heads * self.key_dim, values)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
         self.output_gate = nn.Linear(dim, values, bias=False, **factory) if use_output_gate else None

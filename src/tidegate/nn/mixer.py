@@ -78,9 +78,10 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _shape_and_dtype(spec: Any, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-    """A leaf's shape and dtype: the accumulation dtype, its `"complex"` counterpart, the `"input"`'s own, or a fixed one."""
+    """A leaf's shape and dtype: the accumulation dtype, its `"complex"` counterpart, the `"input"`'s or a fixed one."""
     if len(spec) == 2 and (isinstance(spec[1], torch.dtype | str)):
-        named = {"input": dtype, "complex": accumulation_dtype(dtype).to_complex()}
+        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64  # to_complex() does not compile
+        named = {"input": dtype, "complex": complex_dtype}
         return tuple(spec[0]), named[spec[1]] if isinstance(spec[1], str) else spec[1]
     return tuple(spec), accumulation_dtype(dtype)
 

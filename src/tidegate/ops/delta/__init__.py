@@ -1,7 +1,7 @@
 """The delta rule and its relatives: a matrix state whose transition is diagonal plus rank one.
 
-`dplr` is the general recurrence (RWKV-7 uses it in full); `delta_rule` is DeltaNet, Gated DeltaNet, KDA and, with several
-steps per token, DeltaProduct.
+`dplr` is the general recurrence (RWKV-7 uses it in full); `delta_rule` is DeltaNet, Gated DeltaNet, KDA and, with
+several steps per token, DeltaProduct.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def delta_rule(
     q, k: (B, T, H, K); v, o: (B, T, H, V); beta: (B, T, H); log_decay <= 0: None, (H,), (B, T, H) or (B, T, H, K);
     state: (B, H, K, V), zeros if None, float32 for half-precision inputs. scale None means 1.
 
-    Several steps per token (DeltaProduct): k (B, T, n, H, K), v (B, T, n, H, V), beta (B, T, n, H). The decay acts once,
-    before the first step; the query reads after the last.
+    Several steps per token (DeltaProduct): k (B, T, n, H, K), v (B, T, n, H, V), beta (B, T, n, H). The decay acts
+    once, before the first step; the query reads after the last.
 
     Raises ValueError for shapes that do not fit. Sources: DeltaNet, arXiv 2406.06484; Gated DeltaNet, arXiv 2412.06464;
     DeltaProduct, arXiv 2502.10297.

@@ -1,0 +1,61 @@
+# Every target sets up what it needs; a second call only does the work. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+# Plain PyPI would bring several GB of CUDA. Where wheels are found locally (PIP_FIND_LINKS), nothing else is asked.
+ifndef PIP_FIND_LINKS
+TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+
+.PHONY: help demo test test-slow lint types docs bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/.installed  ## train a small language model on built-in text: score, picture and sample, in minutes
+	$(RUN)/tidegate train --recipe recipes/demo.yaml
+
+test: $(VENV)/.installed  ## all quick tests, docstring examples included
+	$(RUN)/python -m pytest
+
+test-slow: $(VENV)/.installed  ## the tests that take longer than CI allows
+	$(RUN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed  ## ruff: rules and format
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+types: $(VENV)/.installed  ## mypy
+	$(RUN)/mypy
+
+docs: $(VENV)/.docs  ## the documentation into site/, links checked
+	$(RUN)/mkdocs build --strict
+
+bench: $(VENV)/.installed  ## ops, mixers and single tokens: tables, JSON and pictures in reports/bench
+	$(RUN)/tidegate bench ops
+	$(RUN)/tidegate bench mixers
+	$(RUN)/tidegate bench decode
+
+clean:  ## remove compiled kernels, caches and built documentation; runs/, reports/ and .venv stay
+	find . -path ./$(VENV) -prune -o \( -name '*.nbi' -o -name '*.nbc' -o -name '*.pyc' \) -exec rm -f {} +
+	rm -rf build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+# The stamp is written last, so an interrupted installation is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: tidegate needs Python 3.11 or newer, seen "$(PYTHON)" =' "$$($(PYTHON) --version 2>&1);" \
+	       'name another one: make PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo 'error: $(PYTHON) comes without venv; on Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'setting up $(VENV), once: a minute or two ...'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@

@@ -1,0 +1,120 @@
+"""DeltaNet: linear attention that overwrites what it stored under a key instead of adding to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tidegate.nn.mixer import Mixer
+from tidegate.nn.parts import ShortConvolution, l2_normalise, split_heads
+from tidegate.ops import delta_rule
+from tidegate.registry import register
+from tidegate.segments import Segments
+from tidegate.state import State
+
+
+@register(
+    "deltanet",
+    family="delta",
+    paper="negative-eigenvalues",
+    title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+    arxiv="2406.06484",
+    tiny=dict(num_heads=2),
+)
+class DeltaNet(Mixer):
+    """DeltaNet: every token is one gradient step on recalling its value from its key.
+
+    Equation, per head (S is K x V)::
+
+        q, k = l2(silu(conv(x W))),  v = silu(conv(x W_v)),  beta = sigmoid(x W_b)
+        S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(K)
+        y = RMSNorm_head(o) W_o                                        (times silu(x W_g) with `use_gate`)
+
+    - `negative_eigenvalues` doubles beta, so that the transition's eigenvalue along k lies in [-1, 1] instead of
+      [0, 1]; parity and other state tracking need it (arXiv 2411.12537). The write doubles with it.
+    - `conv_width=None` leaves out the short convolutions; SiLU stays.
+
+    Source: arXiv 2406.06484. Shapes: x, y (B, T, dim); K = expand_k dim / num_heads, V = expand_v dim / num_heads.
+    State: convolution (conv_width - 1, 2 H K + H V), memory (H, K, V).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int = 4,
+        expand_k: float = 1.0,
+        expand_v: float = 1.0,
+        conv_width: int | None = 4,
+        negative_eigenvalues: bool = False,
+        use_gate: bool = False,
+        norm_eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.expand_k, self.expand_v = dim, num_heads, expand_k, expand_v
+        self.conv_width, self.negative_eigenvalues = conv_width, negative_eigenvalues
+        self.use_gate, self.norm_eps = use_gate, norm_eps
+        self.key_dim = head_width(dim, num_heads, expand_k, "expand_k")
+        self.value_dim = head_width(dim, num_heads, expand_v, "expand_v")
+        keys, values = num_heads * self.key_dim, num_heads * self.value_dim
+        self.widths = (keys, keys, values)
+
+        factory = {"device": device, "dtype": dtype}
+        self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
+        self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
+        self.beta_proj = nn.Linear(dim, num_heads, bias=False, **factory)
+        self.gate_proj = nn.Linear(dim, values, bias=False, **factory) if use_gate else None
+        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **factory)
+        self.o_proj = nn.Linear(values, dim, bias=False, **factory)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's defaults for every part."""
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
+
+    def state_spec(self):
+        memory = {"memory": (self.num_heads, self.key_dim, self.value_dim)}
+        if not self.conv_width:
+            return memory
+        return {"convolution": ((self.conv_width - 1, sum(self.widths)), "input"), **memory}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
+    ) -> tuple[Tensor, State]:
+        x, state = self.prepare(x, state, segments)
+        new: dict[str, Tensor] = {}
+        qkv = self.qkv_proj(x)
+        if self.convolution is None:
+            qkv = nn.functional.silu(qkv)
+        else:
+            qkv, new["convolution"] = self.convolution(qkv, state["convolution"], segments)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv.split(self.widths, -1))
+        beta = self.beta_proj(x).sigmoid() * (2 if self.negative_eigenvalues else 1)
+        o, new["memory"] = delta_rule(
+            l2_normalise(q),
+            l2_normalise(k),
+            v,
+            beta,
+            scale=self.key_dim**-0.5,
+            state=state["memory"],
+            segments=segments,
+        )
+        y = self.norm(o).flatten(-2)
+        if self.gate_proj is not None:
+            y = y * nn.functional.silu(self.gate_proj(x))
+        return self.o_proj(y), State(new)
+
+
+def head_width(dim: int, num_heads: int, expand: float, name: str) -> int:
+    """expand * dim / num_heads. Raises ValueError unless that is a whole number of at least one."""
+    if num_heads < 1 or expand <= 0:
+        raise ValueError(f"num_heads, {name}: seen {num_heads} and {expand}, wanted positive numbers")
+    width = expand * dim / num_heads
+    if width < 1 or width != int(width):
+        raise ValueError(
+            f"num_heads: {name} * dim / num_heads = {expand} * {dim} / {num_heads} = {width:g} channels per head; "
+            "wanted a whole number"
+        )
+    return int(width)

@@ -1,0 +1,304 @@
+"""Attention through torch's fused kernel: in one piece where it can, in blocks where a mask would grow as T x T.
+
+Every token has a place on one line of integers: its document times `_APART`, plus its position in the document. A query
+at place a sees a key at place b exactly if 0 <= a - b < span, where span is the window, or anything below `_APART` for
+full attention. So one number per token stands for documents, causality and window together. Padding and empty slots
+share one place far off: no token sees them, and padded queries see each other, whose values are zero, instead of
+nothing, which would be a softmax over the empty set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tidegate.segments import Segments
+
+Cache = tuple[Tensor, Tensor, Tensor]
+_APART = 2**40
+_NOWHERE = 2**62
+_QUERIES = 512  # queries per masked call of full attention: bounds a mask's memory by this times the keys
+_GROUP = 4096  # tokens per call of windowed attention: copies of keys and values stay in the cache and the allocator
+
+
+def parallel(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
+) -> tuple[Tensor, Cache]:
+    exporting = torch.compiler.is_exporting()
+    if window is None and state is not None and not exporting and state[0].shape[1] == 0:
+        state = None
+    new_state = _update(k, v, window, state, segments)
+    if window is None and state is None and segments is None:
+        return _attend(q, k, v, None, scale), new_state
+
+    place, past_place = _places(q, window, state, segments)
+    if window is None:
+        keys, values, key_place = k, v, place
+        if state is not None and past_place is not None:
+            keys, values = torch.cat([state[0], k], dim=1), torch.cat([state[1], v], dim=1)
+            key_place = torch.cat([past_place, place], dim=1)
+        return _masked(q, keys, values, place, key_place, _APART // 2, scale), new_state
+
+    if segments is None:
+        return _windowed(q, k, v, place, state, past_place, window, scale, regular=True), new_state
+    # Padding may stand anywhere, and a window counts real tokens: close the gaps, attend, and open them again.
+    batch, time = segments.shape
+    order = segments.valid.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    back = (segments.valid.cumsum(1) - 1).clamp(min=0)
+    row = torch.arange(batch, device=q.device)[:, None] * time
+    q, k, v, place = (_rows(x, row + order) for x in (q, k, v, place))
+    o = _windowed(q, k, v, place, state, past_place, window, scale, regular=False)
+    return _rows(o, row + back), new_state
+
+
+# -- who sees whom -----------------------------------------------------------------------------------------------------
+def _places(
+    q: Tensor, window: int | None, state: Cache | None, segments: Segments | None
+) -> tuple[Tensor, Tensor | None]:
+    """Places of the new tokens (B or 1, T) and of the slots of the past (B, L)."""
+    offset = None if state is None else state[2]
+    if segments is None:
+        place = torch.arange(q.shape[1], device=q.device)[None]
+        place = place if offset is None else place + offset[:, None]
+    else:
+        place = segments.documents * _APART + segments.positions(offset)
+        place = torch.where(segments.valid, place, _NOWHERE)
+    if state is None or offset is None:
+        return place, None
+    slot = torch.arange(state[0].shape[1], device=q.device)[None]
+    newest = offset[:, None] - 1
+    # A slot holds the newest position that maps to it; before the ring is full that is the slot's own number.
+    held = slot if window is None else newest - (newest - slot) % window
+    return place, torch.where((held >= 0) & (held <= newest), held, _NOWHERE)
+
+
+def _sees(query_place: Tensor, key_place: Tensor, span: int) -> Tensor:
+    """(B, 1, queries, keys) bool."""
+    distance = query_place[:, :, None] - key_place[:, None, :]
+    return ((distance >= 0) & (distance < span))[:, None]
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+def _masked(q: Tensor, k: Tensor, v: Tensor, place: Tensor, key_place: Tensor, span: int, scale: float) -> Tensor:
+    """Masked attention by blocks of queries; the last keys are the queries' own tokens."""
+    if torch.compiler.is_compiling() or q.shape[1] <= _QUERIES:  # a traced program must not fix the number of blocks
+        return _attend(q, k, v, _Sees(place, key_place, span), scale)
+    before = k.shape[1] - q.shape[1]
+    pieces, until = [], before
+    for queries, places in zip(q.split(_QUERIES, dim=1), place.split(_QUERIES, dim=1), strict=True):
+        until += queries.shape[1]
+        sees = _Sees(places, key_place[:, :until], span)
+        pieces.append(_attend(queries, k[:, :until], v[:, :until], sees, scale))
+    return torch.cat(pieces, dim=1)
+
+
+class _Sees:
+    """A mask that is made when it is needed, and again in the backward pass, rather than kept."""
+
+    def __init__(self, query_place: Tensor, key_place: Tensor, span: int) -> None:
+        self.arguments = query_place, key_place, span
+
+    def __call__(self) -> Tensor:
+        return _sees(*self.arguments)
+
+
+def _windowed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Tensor,
+    state: Cache | None,
+    past_place: Tensor | None,
+    window: int,
+    scale: float,
+    *,
+    regular: bool,
+) -> Tensor:
+    """Blocks of `window` queries against their own and the previous block of keys: O(T * window) in all.
+
+    `regular` says that there is neither padding nor a second document, so that all blocks share one mask.
+    """
+    batch, time = q.shape[:2]
+    # Pieces: the first block, groups of whole blocks, the rest. `split` gives each its gradient once; slices of the
+    # whole would each add a gradient as long as the sequence, O(T^2) in all.
+    if time <= window:
+        sizes = [time]
+    elif torch.compiler.is_compiling():  # one graph for all lengths: two pieces, the second filled up to whole blocks
+        fill = -time % window
+        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, fill)) for x in (q, k, v))
+        place = torch.nn.functional.pad(place, (0, fill), value=_NOWHERE)
+        sizes = [window, time + fill - window]
+    else:
+        count, group = time // window, max(1, _GROUP // (window * batch))
+        sizes = [window, *(min(group, count - n) * window for n in range(1, count, group)), time % window]
+        sizes = [size for size in sizes if size]
+    queries, keys, values, places = (x.split(sizes, dim=1) for x in (q, k, v, place))
+
+    pieces = []
+    order = torch.arange(2 * window, device=q.device)[None]
+    for n, size in enumerate(sizes):
+        if n == 0:  # sees itself and the past
+            near, near_values, near_place = keys[0], values[0], places[0]
+            if state is not None and past_place is not None:
+                near = torch.cat([state[0], near], dim=1)
+                near_values = torch.cat([state[1], near_values], dim=1)
+                near_place = torch.cat([past_place, near_place], dim=1)
+            alone = state is None and regular
+            mask = None if alone else _Sees(places[0], near_place, window)
+            pieces.append(_attend(queries[0], near, near_values, mask, scale))
+            continue
+
+        def near_of(parts: tuple[Tensor, ...], n: int = n) -> Tensor:
+            return torch.cat([parts[n - 1][:, -window:], parts[n]], dim=1)
+
+        if not torch.compiler.is_compiling() and size % window:  # the rest
+            mask = _Sees(places[n], near_of(places), window)
+            pieces.append(_attend(queries[n], near_of(keys), near_of(values), mask, scale))
+            continue
+
+        def blocks(x: Tensor) -> Tensor:
+            return x.unflatten(1, (-1, window)).flatten(0, 1)
+
+        def pairs(parts: tuple[Tensor, ...], n: int = n) -> Tensor:
+            before = torch.cat([parts[n - 1][:, -window:], parts[n][:, :-window]], dim=1)
+            return torch.cat([blocks(before), blocks(parts[n])], dim=1)
+
+        mask = _Sees(order[:, window:], order, window) if regular else _Sees(blocks(places[n]), pairs(places), window)
+        o = _attend(blocks(queries[n]), pairs(keys), pairs(values), mask, scale)
+        pieces.append(o.unflatten(0, (batch, -1)).flatten(1, 2))
+    return torch.cat(pieces, dim=1)[:, :time]
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, ...) reordered along time by flat row numbers (B, T)."""
+    return (
+        x.expand(index.shape[0], *x.shape[1:]).flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+    )
+
+
+# -- the state ---------------------------------------------------------------------------------------------------------
+def _update(k: Tensor, v: Tensor, window: int | None, state: Cache | None, segments: Segments | None) -> Cache:
+    """The state after the call: past slots of the last document, and its new tokens in theirs."""
+    batch, time = k.shape[:2]
+    length = k.new_zeros(batch, dtype=torch.int64) if state is None else state[2]
+    if segments is None:
+        if state is None and window is None:
+            return k, v, length + time
+        new_length = length + time
+        last = slice(0, time) if window is None else slice(max(0, time - window), time)
+        k, v = k[:, last], v[:, last]
+        slot = length[:, None] + torch.arange(time, device=k.device)[None, last]
+    else:
+        in_last = segments.in_last_document()
+        kept = segments.documents[:, -1] == 0
+        length = torch.where(kept, length, 0)
+        slot = segments.positions(length)
+        new_length = length + in_last.sum(1)
+        if state is not None:
+            keep = kept[:, None, None, None]
+            state = (torch.where(keep, state[0], 0), torch.where(keep, state[1], 0), length)
+    size = window or (time if state is None else state[0].shape[1] + time)
+    if window is not None:
+        stays = slot >= (new_length - window)[:, None]
+        slot = slot % window
+    else:
+        stays = slot < size
+    if segments is not None:
+        stays = stays & in_last
+    slot = torch.where(stays, slot, size)  # one slot too many takes what is not kept
+
+    def write(past: Tensor | None, new: Tensor) -> Tensor:
+        room = new.new_zeros(batch, size + 1 - (0 if past is None else past.shape[1]), *new.shape[2:])
+        buffer = room if past is None else torch.cat([past, room], dim=1)
+        return buffer.scatter(1, slot[:, :, None, None].expand_as(new), new)[:, :size]
+
+    keys, values = (None, None) if state is None else state[:2]
+    return write(keys, k), write(values, v), new_length
+
+
+# -- the kernel --------------------------------------------------------------------------------------------------------
+Mask = Callable[[], Tensor] | None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """q (N, T, H, D), k (N, S, G, D), v (N, S, G, V); without a mask, causal with S = T."""
+    if torch.compiler.is_compiling():
+        return _fused(q, k, v, mask, scale)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _by_definition(q, k, v, mask, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attend.apply(q, k, v, mask, scale)
+    return _fused(q, k, v, mask, scale)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    heads, groups = q.shape[2], k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is None:
+        o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != groups)
+    elif not torch.compiler.is_exporting() and q.shape[2] == 1:
+        # One new token: the heads that share a key-value head are its queries, and keys are read once.
+        o = scaled_dot_product_attention(q.unflatten(1, (groups, -1))[..., 0, :], k, v, attn_mask=mask(), scale=scale)
+        return o.flatten(1, 2)[:, None]
+    else:
+        o = scaled_dot_product_attention(q, k, v, attn_mask=mask(), scale=scale, enable_gqa=heads != groups)
+    return o.transpose(1, 2)
+
+
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """The same by plain products, which torch can differentiate as often as asked, and map over."""
+    groups = k.shape[2]
+    q = q.transpose(1, 2).unflatten(1, (groups, -1))  # (N, G, R, T, D)
+    k, v = k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]  # (N, G, 1, S, .)
+    if mask is None:
+        order = torch.arange(q.shape[-2], device=q.device)[None]
+        sees = _sees(order, order, _APART)
+    else:
+        sees = mask()
+    scores = (scale * (q @ k.mT)).masked_fill(~sees[:, :, None], -torch.inf)
+    o = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    return o.flatten(1, 2).transpose(1, 2)
+
+
+class _Attend(torch.autograd.Function):
+    """The fused kernel, with two things added: a second derivative, and masks that are rebuilt rather than stored."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.mask, ctx.scale, ctx.graph = mask, scale, None
+        if mask is not None:
+            return _fused(q, k, v, mask, scale)
+        ctx.graph = _graph(q, k, v, mask, scale)
+        return ctx.graph[1].detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient itself will be differentiated
+            wanted = [x for x in inputs if x.requires_grad]
+            o = _by_definition(q, k, v, ctx.mask, ctx.scale)
+            found = iter(torch.autograd.grad(o, wanted, grads, create_graph=True))
+            return (*(next(found) if x.requires_grad else None for x in inputs), None, None)
+        # Without a mask the forward pass kept the kernel's own graph; it serves once, a second pass builds it anew.
+        leaves, o = ctx.graph or _graph(q, k, v, ctx.mask, ctx.scale)
+        ctx.graph = None
+        found = torch.autograd.grad(o, leaves, grads)
+        # The kernel weighs scores anew against a stored log-sum. Beyond 1e8, where neighbouring float32 numbers lie more
+        # than one apart, that can overflow; the definition cannot. Seen from the host for free only on the CPU.
+        if q.device.type == "cpu" and not all(x.sum().isfinite() for x in found):
+            leaves, o = _graph(q, k, v, ctx.mask, ctx.scale, _by_definition)
+            found = torch.autograd.grad(o, leaves, grads)
+        return (*found, None, None)
+
+
+def _graph(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, form: Callable[..., Tensor] = _fused
+) -> tuple[list[Tensor], Tensor]:
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        return [q, k, v], form(q, k, v, mask, scale)

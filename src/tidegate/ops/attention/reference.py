@@ -1,0 +1,57 @@
+"""Attention as its definition says: for each token, write its key and value, then weigh everything in sight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tidegate.ops.loop import over_time
+from tidegate.segments import Segments
+
+Cache = tuple[Tensor, Tensor, Tensor]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
+) -> tuple[Tensor, Cache]:
+    batch, time, heads, _ = q.shape
+    groups = k.shape[2]
+    if state is None:
+        slots = window or 0
+        state = (
+            k.new_zeros(batch, slots, *k.shape[2:]),
+            v.new_zeros(batch, slots, *v.shape[2:]),
+            torch.zeros(batch, dtype=torch.int64, device=k.device),
+        )
+    keys, values, length = state
+    if window is None:  # room for the tokens of this call
+        keys = torch.cat([keys, torch.zeros_like(k)], dim=1)
+        values = torch.cat([values, torch.zeros_like(v)], dim=1)
+    slot = torch.arange(keys.shape[1], device=k.device)
+    if segments is None:
+        valid = torch.ones(batch, time, dtype=torch.bool, device=k.device)
+        starts = torch.zeros_like(valid)
+    else:
+        starts, valid = segments.starts, segments.valid
+
+    def step(carry: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, start: Tensor, valid: Tensor):
+        keys, values, length = carry
+        # 1. a new document begins with nothing
+        fresh = start[:, None, None, None]
+        keys = torch.where(fresh, torch.zeros_like(keys), keys)
+        values = torch.where(fresh, torch.zeros_like(values), values)
+        length = torch.where(start, 0, length)
+        # 2. a real token takes the next slot
+        here = (valid[:, None] & (slot == (length % slot.shape[0])[:, None]))[:, :, None, None]
+        keys = torch.where(here, k[:, None], keys)
+        values = torch.where(here, v[:, None], values)
+        length = length + valid.to(torch.int64)
+        # 3. softmax over the slots in use; padding, which may find none, looks at all and is blanked afterwards
+        seen = (slot < length[:, None]) | ~valid[:, None]  # (B, L)
+        scores = scale * torch.einsum("bgrk,blgk->bgrl", q.unflatten(1, (groups, heads // groups)), keys)
+        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        o = torch.einsum("bgrl,blgv->bgrv", weights, values).flatten(1, 2)
+        return (keys, values, length), torch.where(valid[:, None, None], o, torch.zeros_like(o))
+
+    (keys, values, length), o = over_time(step, (keys, values, length), (q, k, v, starts, valid))
+    return o, (keys, values, length)

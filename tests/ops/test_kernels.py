@@ -1,0 +1,241 @@
+"""The Numba toolkit: what every kernel is built from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from tidegate.ops import kernels
+from tidegate.ops.kernels import LANES, array, exp32, jit, matmul, pad, run
+
+
+@jit
+def exponentials(begin, end, x, y):
+    for i in range(begin, end):
+        y[i] = exp32(x[i])
+
+
+@jit
+def squares(begin, end, x, y):
+    for i in range(begin, end):
+        y[i] = x[i] * x[i]
+
+
+@jit
+def mark(begin, end, visits):
+    for i in range(begin, end):
+        visits[i] += 1
+
+
+def exp(x: np.ndarray) -> np.ndarray:
+    y = np.full_like(x, np.nan)
+    exponentials(0, len(x), x, y)
+    return y
+
+
+# -- exp32 -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("low", "high"), [(-87.0, 88.0), (-1.0, 0.0), (-1e-3, 1e-3)])
+def test_exp32_is_accurate(low, high):
+    x = np.linspace(low, high, 300_001).astype(np.float32)
+    x = x[(x >= -87) & (x <= 88)]
+    expected = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(exp(x) - expected) / expected) < 1.25e-7
+
+
+def test_exp32_at_the_ends():
+    x = np.array([np.nan, -np.inf, -3e38, -1e4, -87.01, 0.0, -0.0, 1e-40, -1e-40], np.float32)
+    np.testing.assert_array_equal(exp(x), np.array([np.nan, 0, 0, 0, 0, 1, 1, 1, 1], np.float32))
+    # Above 88 it stays at exp(88): a kernel never meets infinity times zero.
+    top = exp(np.array([88.0, 88.5, 89.0, 1e4, 3e38, np.inf], np.float32))
+    assert (top == top[0]).all()
+    np.testing.assert_allclose(top[0], np.exp(88.0), rtol=1.25e-7)
+
+
+def test_exp32_does_not_depend_on_its_place_in_a_vector():
+    """The vectorised body and the scalar remainder of a loop give the same bits."""
+    x = np.random.default_rng(0).uniform(-90, 90, 61).astype(np.float32)
+    whole = exp(x)
+    np.testing.assert_array_equal(whole, np.concatenate([exp(x[i : i + 1]) for i in range(61)]))
+    np.testing.assert_array_equal(whole[3:], exp(x[3:].copy()))
+
+
+def test_exp32_is_monotonous_across_its_range_reduction():
+    x = np.linspace(-20, 1, 100_001).astype(np.float32)
+    y = exp(x).astype(np.float64)
+    assert (y[1:] >= y[:-1] * (1 - 2.5e-7)).all()
+
+
+# -- matmul ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("inner", [0, 1, 7, 64])
+@pytest.mark.parametrize("vectors", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_adds_the_product(rows, inner, vectors, transposed):
+    random = np.random.default_rng(rows + inner + vectors)
+    columns, wide = vectors * LANES, (vectors + 1) * LANES
+    a = random.standard_normal((rows, inner)).astype(np.float32)
+    b = random.standard_normal((max(inner, 1), wide)).astype(np.float32)
+    o = random.standard_normal((rows + 1, wide)).astype(np.float32)
+    expected = o.astype(np.float64)
+    expected[:rows, :columns] += a.astype(np.float64) @ b[:inner, :columns].astype(np.float64)
+    if transposed:
+        stored = np.ascontiguousarray(a.T) if inner else np.zeros((1, rows), np.float32)
+        matmul(stored, 1, stored.shape[1], b, o, rows, inner, columns)
+    else:
+        stored = np.full((rows, inner + 3), np.nan, np.float32)  # rows longer than what is read of them
+        stored[:, :inner] = a
+        matmul(stored, stored.shape[1], 1, b, o, rows, inner, columns)
+    # The row below and the columns beside are exactly as they were.
+    np.testing.assert_array_equal(o[rows:], expected[rows:].astype(np.float32))
+    np.testing.assert_array_equal(o[:, columns:], expected[:, columns:].astype(np.float32))
+    np.testing.assert_allclose(o, expected, rtol=0, atol=1e-6 * (1 + inner) ** 0.5 * 4)
+
+
+@pytest.mark.parametrize("vectors", [1, 3, 7])
+@pytest.mark.parametrize("inner", [1, 9])
+def test_the_other_starts_of_a_product(inner, vectors):
+    random = np.random.default_rng(vectors)
+    a = random.standard_normal((8, inner)).astype(np.float32)
+    b, before = (random.standard_normal((n, vectors * LANES)).astype(np.float32) for n in (inner, 8))
+    rows, columns = random.standard_normal(8).astype(np.float32), random.standard_normal(len(b[0])).astype(np.float32)
+    arguments = (8, inner, vectors * LANES)
+    for start, expected, function, factors in [
+        (np.full_like(before, np.nan), a @ b, kernels.matmul_into, ()),
+        (before.copy(), rows[:, None] * before + a @ b, kernels.matmul_rows, (rows,)),
+        (before.copy(), columns * before + a @ b, kernels.matmul_columns, (columns,)),
+    ]:
+        function(a, inner, 1, b, start, *arguments, *factors)
+        np.testing.assert_allclose(start, expected, rtol=0, atol=1e-5)
+
+
+def test_matmul_hands_on_nan_and_infinity():
+    a, b = np.ones((4, 2), np.float32), np.ones((2, LANES), np.float32)
+    a[1, 0], a[2, 0] = np.nan, np.inf
+    o = np.zeros((4, LANES), np.float32)
+    matmul(a, 2, 1, b, o, 4, 2, LANES)
+    assert np.isnan(o[1]).all()
+    assert np.isposinf(o[2]).all()
+    assert (o[[0, 3]] == 2).all()
+
+
+@pytest.mark.parametrize(("columns", "padded"), [(0, 1), (1, 1), (LANES, 1), (LANES + 1, 2), (5 * LANES, 5)])
+def test_pad_rounds_up_to_whole_vectors(columns, padded):
+    assert pad(columns) == padded * LANES
+
+
+# -- array -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_array_is_float32_and_contiguous(dtype):
+    x = torch.randn(4, 6, requires_grad=True).to(dtype)
+    view = array(x.t())
+    assert view.dtype == np.float32
+    assert view.flags.c_contiguous
+    np.testing.assert_array_equal(view, x.t().detach().float().numpy())
+
+
+def test_array_shares_memory_where_it_can_and_resolves_lazy_conjugates():
+    x = torch.randn(3)
+    array(x)[0] = 5
+    assert x[0] == 5
+    z = torch.randn(3, dtype=torch.complex64)
+    np.testing.assert_array_equal(array(z.conj()), z.numpy().conj())
+    np.testing.assert_array_equal(array(z.conj().imag), -z.numpy().imag)
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("problems", [0, 1, 2, 3, 7, 100])
+def test_run_solves_every_problem_once(threads, problems):
+    torch.set_num_threads(threads)
+    visits = np.zeros(problems, np.int64)
+    run(mark, problems, visits)
+    assert (visits == 1).all()
+
+
+def test_run_gives_the_same_bits_for_any_number_of_threads():
+    x = np.random.default_rng(0).uniform(-90, 90, 1001).astype(np.float32)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(np.empty_like(x))
+        run(exponentials, len(x), x, results[-1])
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_run_hands_on_an_error_of_any_thread():
+    torch.set_num_threads(2)
+
+    def kernel(begin, end):
+        if begin > 0:
+            raise FloatingPointError("in the second share")
+
+    with pytest.raises(FloatingPointError, match="second share"):
+        run(kernel, 2)
+    with pytest.raises(TypeError):
+        run(squares, 2, np.zeros(2))
+
+
+def test_several_callers_at_once():
+    torch.set_num_threads(3)
+    x = np.random.default_rng(1).standard_normal((8, 999)).astype(np.float32)
+    y = np.zeros_like(x)
+
+    def call(row):
+        for _ in range(50):
+            run(squares, x.shape[1], x[row], y[row])
+
+    callers = [threading.Thread(target=call, args=(row,)) for row in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(timeout=60)
+    assert not any(caller.is_alive() for caller in callers)
+    np.testing.assert_array_equal(y, x * x)
+
+
+def test_the_pool_grows_while_it_is_in_use():
+    kernels._forget_pool()
+    torch.set_num_threads(2)
+    x, y = np.ones(64, np.float32), np.zeros(64, np.float32)
+    run(squares, 64, x, y)
+    before = kernels._pool
+    torch.set_num_threads(6)
+    y[:] = 0
+    run(squares, 64, x, y)
+    assert (y == 1).all()
+    assert kernels._pool is not before
+
+
+FORK = """
+import os, signal, sys
+import numpy as np, torch
+from tests.ops.test_kernels import exponentials
+from tidegate.ops.kernels import run
+torch.set_num_threads(2)
+x = np.linspace(-80, 80, 1001).astype(np.float32)
+def go():
+    y = np.empty_like(x)
+    run(exponentials, len(x), x, y)
+    return y
+expected = go()  # the parent's pool exists and is warm
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a child that waits for threads it does not have is ended
+    os._exit(0 if all((go() == expected).all() for _ in range(20)) else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status) or not (go() == expected).all())
+"""
+
+
+def test_kernels_run_after_a_fork():
+    """In a process of its own: a fork of the test run would copy all of it."""
+    finished = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert hasattr(os, "fork")
