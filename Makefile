@@ -32,7 +32,7 @@ types: $(VENV)/.installed  ## mypy
 	$(RUN)/mypy
 
 docs: $(VENV)/.docs  ## the documentation into site/, links checked
-	$(RUN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 bench: $(VENV)/.installed  ## ops, mixers and single tokens: tables, JSON and pictures in reports/bench
 	$(RUN)/tidegate bench ops

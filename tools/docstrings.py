@@ -1,7 +1,7 @@
 """Griffe extension of the documentation build: docstrings as they are written in the source, as Markdown.
 
 A docstring here ends a paragraph before an indented block with `::` and holds doctests bare. Markdown has neither: the
-double colon becomes a single one, and a doctest becomes a fenced block.
+double colon becomes a single one, a doctest becomes a fenced block, and a bare `*` is a product, never emphasis.
 """
 
 from __future__ import annotations
@@ -21,19 +21,12 @@ class Docstrings(griffe.Extension):
 
 
 def markdown(docstring: str) -> str:
-    """The docstring with fences around doctests, and single colons.
+    """The docstring with fences around doctests, single colons, and products that stay products.
 
-    >>> print(markdown("Equation::\\n\\n    y = x\\n\\n>>> 1 + 1\\n2\\n\\nEnd."))
-    Equation:
-    <BLANKLINE>
-        y = x
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
-    <BLANKLINE>
-    End.
+    >>> markdown("a * b, `a * b`")
+    'a \\\\* b, `a * b`'
+    >>> markdown("y::\\n\\n    y = x\\n\\n>>> 1 + 1\\n2\\n\\nEnd.")
+    'y:\\n\\n    y = x\\n\\n```pycon\\n>>> 1 + 1\\n2\\n```\\n\\nEnd.'
     """
     lines: list[str] = []
     example = False
@@ -46,5 +39,11 @@ def markdown(docstring: str) -> str:
             example = False
         if not example and line.rstrip().endswith("::"):
             line = line.rstrip()[:-1] if line.strip() != "::" else ""
+        if not example and not line.startswith("    "):
+            line = "`".join(_plain(part) if n % 2 == 0 else part for n, part in enumerate(line.split("`")))
         lines.append(line)
     return "\n".join([*lines, "```"] if example else lines)
+
+
+def _plain(text: str) -> str:
+    return text.replace("*", "\\*")

@@ -1,4 +1,9 @@
-"""Write the table of architectures into README.md and docs/mixers.md, between its two markers.
+"""Write the tables that are made elsewhere into the pages that show them, each between its two markers.
+
+The table of architectures comes from the registry; the table of measurements in README.md is that of
+docs/benchmarks.md.
+
+From the checkout's folder:
 
     python tools/readme_table.py            write
     python tools/readme_table.py --check    only say whether the tables are up to date
@@ -14,8 +19,10 @@ from tidegate.bench import mixers
 from tidegate.cli import output
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "mixers.md")
-BEGIN, END = "<!-- architectures: tools/readme_table.py -->", "<!-- /architectures -->"
+README, MIXERS, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "mixers.md", ROOT / "docs" / "benchmarks.md"
+ARCHITECTURES = ("<!-- architectures: tools/readme_table.py -->", "<!-- /architectures -->")
+MEASURED = ("<!-- measured: docs/benchmarks.md, copied by tools/readme_table.py -->", "<!-- /measured -->")
+SUMMARY = ("<!-- summary -->", "<!-- /summary -->")
 DIM = 256
 
 
@@ -41,30 +48,44 @@ def _state(name: str) -> str:
     return f"{output.size(grows)} for every token" if grows else output.size(cost.state_bytes)
 
 
-def with_table(text: str, table: str) -> str:
-    """The page with `table` between the markers. Raises ValueError where they are missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def parts(text: str, markers: tuple[str, str]) -> tuple[str, str, str]:
+    """What stands before, between and after the markers' lines. Raises ValueError where they are missing."""
+    before, begin, rest = text.partition(f"{markers[0]}\n")
+    table, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"page: wanted a place for the table, the lines {BEGIN} and {END}")
-    return f"{before}{begin}\n{table}\n{end}{after}"
+        raise ValueError(f"page: wanted a place for the table, the lines {markers[0]} and {markers[1]}")
+    return before, table.strip("\n"), after
+
+
+def with_table(text: str, table: str, markers: tuple[str, str]) -> str:
+    """The page with `table` between the markers."""
+    before, _, after = parts(text, markers)
+    return f"{before}{markers[0]}\n{table}\n{markers[1]}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """Every page with such a table, as it should be."""
+    table = architecture_table()
+    measured = parts(BENCHMARKS.read_text(encoding="utf-8"), SUMMARY)[1]
+    readme = with_table(README.read_text(encoding="utf-8"), table, ARCHITECTURES)
+    return {
+        README: with_table(readme, measured, MEASURED),
+        MIXERS: with_table(MIXERS.read_text(encoding="utf-8"), table, ARCHITECTURES),
+    }
 
 
 def main(arguments: list[str]) -> int:
     """Write or check all pages; 1 if `--check` finds one out of date."""
-    table = architecture_table()
     stale = False
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        wanted = with_table(text, table)
-        if text == wanted:
+    for page, wanted in pages().items():
+        if page.read_text(encoding="utf-8") == wanted:
             continue
         if "--check" in arguments:
             stale = True
-            print(f"{page.relative_to(ROOT)}: the table is out of date; python tools/readme_table.py writes it")
+            print(f"{page.relative_to(ROOT)}: a table is out of date; python tools/readme_table.py writes it")
         else:
             page.write_text(wanted, encoding="utf-8")
-            print(f"{page.relative_to(ROOT)}: table written")
+            print(f"{page.relative_to(ROOT)}: tables written")
     return int(stale)
 
 

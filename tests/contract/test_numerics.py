@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.contract.helpers import Subject, assert_near, differentiable, segments_of, unless_excused
+from tests.contract.helpers import (
+    Subject,
+    assert_near,
+    assert_same,
+    differentiable,
+    results_of,
+    segments_of,
+    unless_excused,
+    whole,
+)
 from tests.contract.test_equality import drawn
 from tests.contract.tolerances import DRIFT, EQUAL, HALF
 
@@ -75,6 +84,19 @@ def test_extreme_gates_stay_finite(subject: Subject, extreme: str, dtype: torch.
         gradients = {f"d{name}": p.grad for name, p in mixer.named_parameters() if p.grad is not None}
         broken = [name for name, t in {**tensors, "dx": x.grad, **gradients}.items() if not t.isfinite().all()]
         assert not broken, f"not finite: {', '.join(broken)}"
+
+
+def test_the_number_of_threads_does_not_matter(subject: Subject):
+    """Our kernels give the same bits (test_ops_threads.py); PyTorch's products may add in another order."""
+    mixer = subject.build(torch.float32)
+    x, state = subject.input(3, 131, torch.float32), subject.state(mixer, 3, torch.float32)
+    segments = segments_of("packed_with_holes", 3, 131, drawn("threads", subject.name))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results += results_of((mixer,), (whole(mixer, segments),), x, state)
+    with unless_excused(subject, "threads"):
+        assert_same(results[1], results[0], EQUAL[torch.float32])
 
 
 def test_ten_thousand_steps_do_not_drift(subject: Subject):

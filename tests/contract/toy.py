@@ -275,6 +275,12 @@ class Drifts(Ema):
         return h, last.bfloat16().to(last.dtype) if x.dtype == torch.float32 else last
 
 
+class DependsOnThreads(Ema):
+    def average(self, x, state, segments):
+        h, last = super().average(x, state, segments)
+        return h * (1 + 1e-3 * torch.get_num_threads()), last
+
+
 class BackendsDisagree(Ema):
     def average(self, x, state, segments):
         h, last = super().average(x, state, segments)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,18 +32,20 @@ def test_the_examples_run(page: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_every_console_block_names_commands_that_exist(page: Path):
-    from tidegate.cli.main import COMMANDS
+def test_every_console_block_names_commands_and_options_that_exist(page: Path):
+    from tidegate.cli.main import COMMANDS, _load
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     for block in pages.blocks(page):
         for line in pages.commands(block) if block.language == "console" else ():
-            program, _, rest = line.partition(" ")
-            name = rest.split(" ")[0]
-            if program == "tidegate":
-                assert name in COMMANDS or name.startswith("--"), f"{page.name}:{block.line}: {line}"
+            where = f"{page.name}:{block.line}: {line}"
+            program, *arguments = shlex.split(line)
             if program == "make":
-                assert name in targets, f"{page.name}:{block.line}: {line}"
+                assert arguments[0] in targets, where
+            if program == "tidegate":
+                assert arguments[0] in COMMANDS, where
+                known = {option for parameter in _load(arguments[0]).params for option in parameter.opts}
+                assert {word for word in arguments if word.startswith("--")} <= known, where
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -98,3 +102,10 @@ def test_the_mixer_of_the_example_keeps_the_contract(tmp_path: Path):
             contract.test_a_batch_is_its_documents_alone(subject, "packed_with_holes", dtype)
 
     pages.run(ROOT / "docs" / "add-a-mixer.md", tmp_path, before_leaving=check)
+
+
+def test_every_api_entry_exists():
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), f"{page.name}: there is no {name}"

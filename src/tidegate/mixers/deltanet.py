@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +63,7 @@ class DeltaNet(Mixer):
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
         self.widths = (keys, keys, values)
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
         self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
         self.beta_proj = nn.Linear(dim, num_heads, bias=False, **factory)

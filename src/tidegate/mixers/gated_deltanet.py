@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ class GatedDeltaNet(Mixer):
         keys, values = num_heads * self.key_dim, self.heads * self.value_dim
         self.widths = (keys, keys, values)
 
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
         self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
         self.beta_proj = nn.Linear(dim, self.heads, bias=False, **factory)

@@ -45,7 +45,7 @@ class RGLRU(Mixer):
     Initialisation: a uniform in area on [a_min, a_max]; W_x, W_y ~ N(0, 1 / dim), W_o ~ N(0, 2 / (num_layers
     lru_width)), convolution N(0, 0.01 / conv_width), gates N(0, 1 / block width), biases zero.
     Source: arXiv 2402.19427; RecurrentGemma, 2404.07839. Shapes: x, y (B, T, dim), W = lru_width or dim.
-    State: convolution (conv_width - 1, W), memory (W), started (1).
+    State: convolution (conv_width - 1, W), memory (W), started (1), an integer: 1 once there was a token.
     """
 
     no_weight_decay = ("a_param",)
@@ -101,14 +101,15 @@ class RGLRU(Mixer):
             (self.gate_weight, 1 / block),
         ):
             nn.init.normal_(weight, std=variance**0.5)
-        for bias in (self.xy_proj.bias, self.o_proj.bias, self.convolution.bias, self.gate_bias):
-            nn.init.zeros_(bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def state_spec(self) -> dict[str, Any]:
         return {
             "convolution": ((self.conv_width - 1, self.width), "input"),
             "memory": (self.width,),
-            "started": ((1,), torch.bool),
+            "started": ((1,), torch.int64),
         }
 
     def forward(
@@ -135,11 +136,13 @@ class RGLRU(Mixer):
 
 
 def _first_tokens(started: Tensor, x: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """(B, T) true on the first real token of every document, and (B, 1) whether each row has seen a token by now."""
+    """(B, T) true on the first real token of every document, and (B, 1) 1 where a row has seen a token by now."""
+    fresh = started == 0
     if segments is None:
-        return ~started & (torch.arange(x.shape[1], device=x.device) == 0), torch.ones_like(started)
+        return fresh & (torch.arange(x.shape[1], device=x.device) == 0), torch.ones_like(started)
     count = segments.valid.cumsum(1)
-    return segments.starts | (segments.valid & (count == 1) & ~started), started | (count[:, -1:] > 0)
+    first = segments.starts | (segments.valid & (count == 1) & fresh)
+    return first, torch.maximum(started, count[:, -1:].clamp(max=1))
 
 
 def _clipped_sqrt(z: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _check(state: Any, spec: Mapping[str, Any], batch: int, owner: str, path: st
         if not isinstance(leaf, Tensor):
             raise ValueError(f"{path}[{name!r}]: seen {type(leaf).__name__}, wanted a tensor; it is another layer's")
         shape = (batch, *_shape_and_dtype(inner, torch.float32)[0])
-        if len(leaf.shape) != len(shape) or any(w not in (GROWS, n) for n, w in zip(leaf.shape, shape, strict=True)):
+        if len(leaf.shape) != len(shape) or any(w != GROWS and n != w for n, w in zip(leaf.shape, shape, strict=True)):
             wanted = ", ".join("any" if n == GROWS else str(n) for n in shape)
             raise ValueError(
                 f"{path}[{name!r}]: seen shape {tuple(leaf.shape)}, but {owner} with this configuration and a batch "

@@ -78,7 +78,8 @@ def token_shift(x: Tensor, last: Tensor, segments: Segments | None = None) -> tu
     x, shifted (B, T, D); last, new_last (B, D): the token before the first one. A document's first token sees zeros.
     """
     if segments is None:
-        return torch.cat([last.unsqueeze(1), x[:, :-1]], 1), x[:, -1].clone()
+        # Cut after joining: x[:, :-1] alone would tie an exported program to T > 2.
+        return torch.cat([last.unsqueeze(1), x], 1)[:, :-1], x[:, -1].clone()
     channels = x.shape[-1]
     previous = segments.previous().unsqueeze(-1)  # -1: a first token, padding, or the token that continues `last`
     continues = (segments.valid & ~segments.starts).unsqueeze(-1)

@@ -111,7 +111,7 @@ class TorchCell(Mixer):
     def _packed(
         self, x: Tensor, carry: tuple[Tensor, ...], weights: list[Tensor], segments: Segments
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        batch, time, _ = x.shape
+        time = x.shape[1]
         # 1. The real tokens, row by row, and with them each document's tokens side by side, in order.
         rows, times = segments.valid.nonzero().unbind(1)
         keys = rows * (time + 1) + segments.documents[rows, times]

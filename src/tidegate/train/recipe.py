@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tidegate import registry
 from tidegate.state import write_atomically
 
+_OWN_ARGUMENTS = ("vocab_size", "dim", "layers", "device", "dtype")
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -194,22 +196,21 @@ def _line(error: Any) -> str:
 
 
 def _check_model(model: Model) -> None:
-    """Every mixer name and option, and that the constructors take these values; nothing is allocated."""
-    layers = model.layer_list()
-    if isinstance(layers, str):
-        from tidegate.models.language import parse_layers
+    """Every mixer name and option, and that the constructors take these values; no weight is allocated."""
+    from tidegate.models.language import LanguageModel
+    from tidegate.models.layers import parse
 
-        layers = parse_layers(layers)
-    if not layers:
-        raise ValueError(f"layers: seen {model.layers!r}, wanted at least one layer")
     if not isinstance(model.layers, int) and model.options:
         raise ValueError("options: these belong to `mixer`; with a list of layers write `- name: {option: value}`")
-    for name, options in {repr(layer): _named(layer) for layer in layers}.values():
-        registry.check_options(name, options)
+    layers = parse(model.layer_list())
+    known = [name for name in inspect.signature(LanguageModel).parameters if name not in _OWN_ARGUMENTS]
+    for option in model.network:
+        if option not in known:
+            hint = registry.did_you_mean(option, known)
+            raise ValueError(f"network: there is no option {option!r}{hint}; it takes {', '.join(known)}")
+    try:
         # The meta device has shapes but no memory; an initialisation that needs values stops there, which is no error.
         with contextlib.suppress(NotImplementedError, RuntimeError):
-            registry.build(name, model.dim, device="meta", **options)
-
-
-def _named(layer: Any) -> tuple[str, dict[str, Any]]:
-    return (layer, {}) if isinstance(layer, str) else (layer[0], dict(layer[1]))
+            LanguageModel(256, model.dim, layers, **model.network, device="meta")
+    except TypeError as error:
+        raise ValueError(f"options: of the wrong type ({error})") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tidegate.state import write_atomically
 from tidegate.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -134,7 +135,26 @@ def _finish(recipe: Recipe, folder: Path, corpus: Corpus, fitted: Any, seconds: 
 
 
 def _sample(recipe: Recipe, folder: Path, model: Any, corpus: Corpus, console: Any) -> str:
-    return ""
+    """A continuation of the recipe's prompt, shown as it is written and kept in sample.txt."""
+    s, tokenizer = recipe.sample, corpus.tokenizer
+    text = s.prompt
+    if s.tokens:
+        stream = tokenizer.stream()
+        if console is not None:
+            console.print("\nsample", style="bold")
+            console.print(text, end="", markup=False, soft_wrap=True)
+        prompt = [tokenizer.boundary, *tokenizer.encode(s.prompt)]
+        options = {"temperature": s.temperature, "top_p": s.top_p, "seed": recipe.seed, "stop": tokenizer.boundary}
+        for token in model.generate(prompt, s.tokens, **options):
+            piece = stream.feed(int(token))
+            text += piece
+            if console is not None:
+                console.print(piece, end="", markup=False, soft_wrap=True)
+        text += stream.flush()
+        if console is not None:
+            console.print()
+    write_atomically(folder / "sample.txt", text.encode())
+    return text
 
 
 def _layers(recipe: Recipe) -> str:

@@ -28,6 +28,7 @@ _GROUP = 4096  # tokens per call of windowed attention: copies of keys and value
 def parallel(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
 ) -> tuple[Tensor, Cache]:
+    """`ops.attention` after its checks: one fused call, masked blocks of queries, or blocks along a window."""
     exporting = torch.compiler.is_exporting()
     if window is None and state is not None and not exporting and state[0].shape[1] == 0:
         state = None
@@ -282,14 +283,14 @@ class _Attend(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
             wanted = [x for x in inputs if x.requires_grad]
             o = _by_definition(q, k, v, ctx.mask, ctx.scale)
-            found = iter(torch.autograd.grad(o, wanted, grads, create_graph=True))
-            return (*(next(found) if x.requires_grad else None for x in inputs), None, None)
+            given = iter(torch.autograd.grad(o, wanted, grads, create_graph=True))
+            return (*(next(given) if x.requires_grad else None for x in inputs), None, None)
         # Without a mask the forward pass kept the kernel's own graph; it serves once, a second pass builds it anew.
         leaves, o = ctx.graph or _graph(q, k, v, ctx.mask, ctx.scale)
         ctx.graph = None
         found = torch.autograd.grad(o, leaves, grads)
-        # The kernel weighs scores anew against a stored log-sum. Beyond 1e8, where neighbouring float32 numbers lie more
-        # than one apart, that can overflow; the definition cannot. Seen from the host for free only on the CPU.
+        # The kernel weighs scores anew against a stored log-sum. Beyond 1e8, where neighbouring float32 numbers lie
+        # more than one apart, that can overflow; the definition cannot. Looking is free only on the CPU.
         if q.device.type == "cpu" and not all(x.sum().isfinite() for x in found):
             leaves, o = _graph(q, k, v, ctx.mask, ctx.scale, _by_definition)
             found = torch.autograd.grad(o, leaves, grads)

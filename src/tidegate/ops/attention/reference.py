@@ -14,6 +14,7 @@ Cache = tuple[Tensor, Tensor, Tensor]
 def reference(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
 ) -> tuple[Tensor, Cache]:
+    """`ops.attention` after its checks, token by token."""
     batch, time, heads, _ = q.shape
     groups = k.shape[2]
     if state is None:

@@ -212,8 +212,8 @@ def dplr(
     """See `tidegate.ops.dplr`; without `a` the delta rule with step `beta`. log_decay None or (B, T, H, 1 or K)."""
     codes = None if segments is None else segments.codes()
     tensors = [None if x is None else x.to(torch.float32) for x in (q, k, v, a, b, beta, log_decay, state)]
-    o, state = forward_op(*tensors, codes, scale)
-    return o.to(q.dtype), state
+    o, final = forward_op(*tensors, codes, scale)
+    return o.to(q.dtype), final.to(state.dtype)
 
 
 @torch.library.custom_op("tidegate::dplr", mutates_args=(), device_types="cpu")

@@ -123,6 +123,7 @@ def delta_rule(
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
     """As `dplr`: the correction reads with a = -beta (w * k), both writes go along k, and beta scales the value."""
-    beta = beta.to(state.dtype).unsqueeze(-1)
-    a = -beta * (log_decay.to(state.dtype).exp() * k)
+    k, v, beta, log_decay = (zero_padding(x.to(state.dtype), segments) for x in (k, v, beta, log_decay))
+    beta = beta.unsqueeze(-1)
+    a = -beta * (log_decay.exp() * k)
     return dplr(q, k, beta * v, a, None, log_decay, scale, state, segments)

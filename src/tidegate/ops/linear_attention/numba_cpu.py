@@ -20,7 +20,6 @@ from torch import Tensor
 from tidegate.ops import kernels
 from tidegate.ops.kernels import (
     LANES,
-    exp32,
     jit,
     matmul,
     matmul_columns,
@@ -30,127 +29,21 @@ from tidegate.ops.kernels import (
     wide_vectors,
 )
 from tidegate.ops.linear_attention import parallel
+from tidegate.ops.linear_attention.chunk import (
+    CHUNK,
+    ZERO,
+    copy,
+    decays,
+    keep_lower,
+    load,
+    multiply,
+    multiply_columns,
+    plan,
+)
 from tidegate.segments import Segments
-
-CHUNK = 16
-STRONGEST = np.float32(-40.0)
-ZERO = np.float32(0.0)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
-@jit
-def plan(g, codes, b, h, begins, sizes):
-    """Chunk boundaries of one problem: token index and length of each chunk. Padding belongs to none."""
-    time, channels = g.shape[1], g.shape[3]
-    total = np.zeros(channels, np.float32)
-    chunks, t = 0, 0
-    while t < time:
-        if codes.shape[0] > 0 and codes[b, t] == 2:
-            t += 1
-            continue
-        begins[chunks] = t
-        for c in range(channels):
-            total[c] = ZERO
-        t += 1
-        while t < time and t - begins[chunks] < CHUNK:
-            if codes.shape[0] > 0 and codes[b, t] != 0:
-                break
-            row = g[b, t, h]
-            strong = 0
-            for c in range(channels):
-                total[c] += row[c]
-                strong += total[c] < STRONGEST
-            if strong:
-                break
-            t += 1
-        sizes[chunks] = t - begins[chunks]
-        chunks += 1
-    return chunks
-
-
-@jit
-def decays(g, b, h, begin, size, e, inverse, first):
-    """e = exp(G), its inverse, and the first token's own decay, for one chunk; per key or broadcast from one."""
-    wide_vectors()
-    channels, keys = g.shape[3], e.shape[1]
-    row = g[b, begin, h]
-    if channels == 1:
-        total = ZERO
-        first[:] = exp32(row[0])
-        for m in range(size):
-            if m > 0:
-                total += g[b, begin + m, h, 0]
-            x = exp32(total)
-            y = np.float32(1.0) / x
-            em, im = e[m], inverse[m]
-            for c in range(keys):
-                em[c] = x
-            for c in range(keys):
-                im[c] = y
-        return
-    for c in range(channels):
-        first[c] = exp32(row[c])
-    e0 = e[0]
-    for c in range(channels):
-        e0[c] = ZERO
-    for m in range(1, size):
-        row, em, before = g[b, begin + m, h], e[m], e[m - 1]
-        for c in range(channels):
-            em[c] = before[c] + row[c]
-    flat, flat_inverse = e.reshape(-1), inverse.reshape(-1)
-    for i in range(size * keys):  # a second exp costs less than a division
-        flat_inverse[i] = exp32(-flat[i])
-    for i in range(size * keys):
-        flat[i] = exp32(flat[i])
-
-
-@jit
-def load(x, b, h, begin, size, out):
-    """Rows of one chunk and head into scratch."""
-    wide_vectors()
-    width = x.shape[3]
-    for m in range(size):
-        row, o = x[b, begin + m, h], out[m]
-        for c in range(width):
-            o[c] = row[c]
-
-
-@jit
-def multiply(x, factor, scale, size):
-    """x *= factor * scale on the first rows of scratch. In place: two views of one array would not vectorise."""
-    wide_vectors()
-    a, f = x.reshape(-1), factor.reshape(-1)
-    for i in range(size * x.shape[1]):
-        a[i] *= f[i] * scale
-
-
-@jit
-def multiply_columns(x, factors, size):
-    """x *= factors, one factor per column."""
-    wide_vectors()
-    for m in range(size):
-        row = x[m]
-        for c in range(x.shape[1]):
-            row[c] *= factors[c]
-
-
-@jit
-def copy(x, size, out):
-    """out = x on the first rows of scratch."""
-    wide_vectors()
-    a, o = x.reshape(-1), out.reshape(-1)
-    for i in range(size * x.shape[1]):
-        o[i] = a[i]
-
-
-@jit
-def keep_lower(x, size):
-    """Zero above the diagonal."""
-    for m in range(size):
-        for n in range(m + 1, size):
-            x[m, n] = ZERO
-
-
 @jit
 def forward_kernel(begin, end, q, k, v, g, codes, state, scale, o, last):
     wide_vectors()

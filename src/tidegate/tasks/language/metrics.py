@@ -115,8 +115,7 @@ def evaluate(
                 rows_left = len(inputs)
                 if state is not None:
                     state = None if cut else state.select(slice(0, rows_left))
-                segments = segments_of(inputs, tokenizer.boundary, valid)
-                segments = type(segments)(segments.starts.to(device), segments.valid.to(device))
+                segments = segments_of(inputs, tokenizer.boundary, valid).to(device)
                 logits, state = model(inputs.to(device), state, segments=segments)
                 losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device).flatten(), reduction="none")
                 nats = losses.double()[valid.flatten().to(device)].sum().item()
