@@ -60,7 +60,7 @@ def parts(text: str, markers: tuple[str, str]) -> tuple[str, str, str]:
 def with_table(text: str, table: str, markers: tuple[str, str]) -> str:
     """The page with `table` between the markers."""
     before, _, after = parts(text, markers)
-    return f"{before}{markers[0]}\n{table}\n{markers[1]}{after}"
+    return f"{before}{markers[0]}\n\n{table}\n\n{markers[1]}{after}"
 
 
 def pages() -> dict[Path, str]:

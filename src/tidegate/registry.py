@@ -33,7 +33,7 @@ PROPERTIES = frozenset({"causality", "constant_state", "double_backward", "threa
 
 @dataclass(frozen=True)
 class Info:
-    """What the registry knows of one architecture."""
+    """What the registry knows of one architecture: its class, and what was given to `register`."""
 
     name: str
     cls: type[nn.Module]

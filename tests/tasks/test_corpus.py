@@ -31,6 +31,16 @@ def test_single_file_is_cut_at_a_paragraph(tmp_path):
     assert "paragraph" in found.describe()
 
 
+def test_a_single_long_line_is_cut_at_a_space(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 2000 + "\n")
+    found = data.prepare(path, held_out=0.1)
+    (train,), (held_out,) = documents(found.train), documents(found.held_out)
+    assert train + held_out == path.read_bytes()
+    assert held_out.startswith(b"word ")
+    assert abs(len(held_out) / 10_000 - 0.1) < 0.01
+
+
 def test_documents_are_split_whole(tmp_path):
     path = tmp_path / "many.jsonl"
     texts = [f"document {i} " * (1 + i % 7) for i in range(200)]

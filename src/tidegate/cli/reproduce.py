@@ -22,7 +22,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder for the report [default: reports/PAPER]; with --list, of all reports.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Seconds instead of minutes: does it run? No verdict.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as PyTorch chooses.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as PyTorch chooses, 1 with --smoke.")] = None,
 ) -> None:
     """Run a paper's central claim at laptop scale: claim beside measurement.
 
@@ -48,7 +48,7 @@ def _run(slug: str, seeds: int, out: Path | None, smoke: bool, threads: int | No
 
     console = output.console()
     console.print(Text(f"{wanted.title} (arXiv {wanted.arxiv})\nclaim: {wanted.claim}\n"))
-    with _threads(threads), console.status("") as status:
+    with _threads(threads or (1 if smoke else None)), console.status("") as status:
 
         def say(text: str) -> None:
             status.update(text)

@@ -18,8 +18,8 @@ def over_time(
     """Run `carry, output = step(carry, *inputs_at_t)` for every t and stack the outputs.
 
     `inputs` are (B, T, ...); a step sees (B, ...). Returns the last carry and the outputs (B, T, ...). Under
-    `torch.export` and `torch.compile` the loop becomes one scan operator, so that the program takes any length; the
-    output of a step is then to be complex if the first of its carry is.
+    `torch.export` and `torch.compile` the loop becomes one scan operator, so that the program takes any length. That
+    operator has no gradients for complex numbers.
     """
     if torch.compiler.is_compiling():
         return _as_one_operator(step, carry, inputs, reverse)
@@ -40,22 +40,14 @@ def _as_one_operator(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     from torch._higher_order_ops.scan import scan
 
-    # The operator cannot cut complex tensors into time steps: they go in and out as pairs of real numbers.
-    of_carry, of_inputs = [x.is_complex() for x in carry], [x.is_complex() for x in inputs]
-
     def body(state: list[Tensor], now: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        new, output = step(tuple(_complex(state, of_carry)), *_complex(now, of_inputs))
-        # The operator's outputs may not alias its inputs.
-        return [tensor.clone() for tensor in _real(new)], [tensor.clone() for tensor in _real([output])]
+        new, output = step(tuple(state), *now)
+        return _copies(new), _copies([output])
 
-    last, (outputs,) = scan(body, _real(carry), [x.movedim(1, 0) for x in _real(inputs)], dim=0, reverse=reverse)
-    (outputs,) = _complex([outputs.movedim(0, 1)], of_carry[:1])
-    return tuple(_complex(last, of_carry)), outputs
+    last, (outputs,) = scan(body, _copies(carry), [x.movedim(1, 0) for x in inputs], dim=0, reverse=reverse)
+    return tuple(last), outputs.movedim(0, 1)
 
 
-def _real(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in tensors]
-
-
-def _complex(tensors: Sequence[Tensor], which: Sequence[bool]) -> list[Tensor]:
-    return [torch.complex(x[..., 0], x[..., 1]) if pair else x for x, pair in zip(tensors, which, strict=True)]
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # The operator's outputs may not alias its inputs, and a carry must keep its strides.
+    return [x.clone(memory_format=torch.contiguous_format) for x in tensors]

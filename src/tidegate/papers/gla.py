@@ -64,30 +64,50 @@ def draw_recall(panel: Axes, measured: Sequence[Measured]) -> None:
 # -- the chunk form ----------------------------------------------------------------------------------------------------
 def chunk_form(seed: int, situation: Situation) -> Measured:
     """Outputs and gradients of every form against the quadratic one in float64; time against the loop over tokens."""
-    forms: dict[str, str] = {"step loop": "reference", "chunk form, PyTorch": "parallel", "chunk form, kernel": "numba"}
-    numbers: dict[str, dict[str, float]] = {name: {} for name in forms}
+    numbers: dict[str, dict[str, float]] = {name: {} for name in FORMS}
     inputs = _inputs(2, 77 if situation.smoke else 333, 2, 16, 32)  # no multiple of a chunk
-    wanted = _with_gradients(lambda *x: quadratic(*x), [x.double() for x in inputs])
-    for name, form in forms.items():
-        with backend(form):
-            seen = _with_gradients(lambda *x: linear_attention(*x)[0], inputs)
-        errors = [_relative(ours, theirs) for ours, theirs in zip(seen, wanted, strict=True)]
+    wanted = _with_gradients(quadratic, [x.double() for x in inputs])
+    for name, form in FORMS.items():
+        errors = [_relative(ours, theirs) for ours, theirs in zip(_with_gradients(form, inputs), wanted, strict=True)]
         numbers[name] |= {"output error": errors[0], "gradient error": max(errors[1:])}
 
     inputs = _inputs(1, 128 if situation.smoke else 4096, 4, 32, 64)
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    times: dict[str, list[float]] = {name: [] for name in FORMS}
     with torch.no_grad():
         for turn in range(2 if situation.smoke else 8):  # in turns, so that a busy moment of the machine hits all alike
-            for name, form in forms.items():
-                with backend(form):
-                    begin = time.perf_counter()
-                    linear_attention(*inputs)
-                    if turn:  # the first is for compiling
-                        times[name].append(time.perf_counter() - begin)
+            for name, form in FORMS.items():
+                begin = time.perf_counter()
+                form(*inputs)
+                if turn:  # the first is for compiling
+                    times[name].append(time.perf_counter() - begin)
     for name, seconds in times.items():
-        numbers[name]["ms at T = 4096"] = 1e3 * statistics.median(seconds)
+        numbers[name]["forward (ms)"] = 1e3 * statistics.median(seconds)
     situation.say("chunk form: measured.")
     return Measured(numbers)
+
+
+def step_loop(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+    """The recurrence, a token at a time, with nothing else in the loop. Shapes as `ops.linear_attention`."""
+    state, outputs, decay = q.new_zeros(*q[:, 0].shape, v.shape[-1]), [], log_decay.exp()[..., None]
+    for t in range(q.shape[1]):
+        state = decay[:, t] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, None, :] @ state)[:, :, 0])
+    return torch.stack(outputs, 1)
+
+
+def _chunked(name: str) -> Callable[..., Tensor]:
+    def form(*inputs: Tensor) -> Tensor:
+        with backend(name):
+            return linear_attention(*inputs)[0]
+
+    return form
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "step loop": step_loop,
+    "chunk form, PyTorch": _chunked("parallel"),
+    "chunk form, kernel": _chunked("numba"),
+}
 
 
 def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
@@ -123,7 +143,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 def draw_times(panel: Axes, measured: Sequence[Measured]) -> None:
     """Milliseconds of each form."""
     names = list(measured[0].numbers)
-    values = [measured[0].numbers[name]["ms at T = 4096"] for name in names]
+    values = [measured[0].numbers[name]["forward (ms)"] for name in names]
     bars = panel.barh(names, values, color=["C7", "C0", "C2"])
     panel.bar_label(bars, [f"{value:.0f} ms" for value in values], padding=3)
     panel.set(xlabel="forward, T = 4096 (ms)", xlim=(0, 1.2 * max(values)))
@@ -131,7 +151,7 @@ def draw_times(panel: Axes, measured: Sequence[Measured]) -> None:
 
 
 def _speed_up(form: str) -> Callable[..., float]:
-    return lambda n: n["step loop"]["ms at T = 4096"] / n[form]["ms at T = 4096"]
+    return lambda n: n["step loop"]["forward (ms)"] / n[form]["forward (ms)"]
 
 
 PAPER = Paper(

@@ -53,8 +53,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # "numba" means parallel.py here: torch's own fused attention is the CPU kernel. It also exports in one piece; only
     # the blocks of a window need a known length, so there the loop, with its small state, is what exports.
-    literal = choose(q) == "reference" and (window is not None or not torch.compiler.is_exporting())
-    if literal:
+    if choose(q) == "reference" and (window is not None or not torch.compiler.is_exporting()):
         from tidegate.ops.attention.reference import reference as form
     else:
         from tidegate.ops.attention.parallel import parallel as form

@@ -44,15 +44,20 @@ def parallel(
             key_place = torch.cat([past_place, place], dim=1)
         return _masked(q, keys, values, place, key_place, _APART // 2, scale), new_state
 
+    def windowed(q: Tensor, k: Tensor, v: Tensor, place: Tensor, regular: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _windowed_traced(q, k, v, place, state, past_place, window, scale)
+        return _windowed(q, k, v, place, state, past_place, window, scale, regular=regular)
+
     if segments is None:
-        return _windowed(q, k, v, place, state, past_place, window, scale, regular=True), new_state
+        return windowed(q, k, v, place, True), new_state
     # Padding may stand anywhere, and a window counts real tokens: close the gaps, attend, and open them again.
     batch, time = segments.shape
     order = segments.valid.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     back = (segments.valid.cumsum(1) - 1).clamp(min=0)
     row = torch.arange(batch, device=q.device)[:, None] * time
     q, k, v, place = (_rows(x, row + order) for x in (q, k, v, place))
-    o = _windowed(q, k, v, place, state, past_place, window, scale, regular=False)
+    o = windowed(q, k, v, place, False)
     return _rows(o, row + back), new_state
 
 
@@ -128,11 +133,6 @@ def _windowed(
     # whole would each add a gradient as long as the sequence, O(T^2) in all.
     if time <= window:
         sizes = [time]
-    elif torch.compiler.is_compiling():  # one graph for all lengths: two pieces, the second filled up to whole blocks
-        fill = -time % window
-        q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, fill)) for x in (q, k, v))
-        place = torch.nn.functional.pad(place, (0, fill), value=_NOWHERE)
-        sizes = [window, time + fill - window]
     else:
         count, group = time // window, max(1, _GROUP // (window * batch))
         sizes = [window, *(min(group, count - n) * window for n in range(1, count, group)), time % window]
@@ -156,7 +156,7 @@ def _windowed(
         def near_of(parts: tuple[Tensor, ...], n: int = n) -> Tensor:
             return torch.cat([parts[n - 1][:, -window:], parts[n]], dim=1)
 
-        if not torch.compiler.is_compiling() and size % window:  # the rest
+        if size % window:  # the rest
             mask = _Sees(places[n], near_of(places), window)
             pieces.append(_attend(queries[n], near_of(keys), near_of(values), mask, scale))
             continue
@@ -171,7 +171,41 @@ def _windowed(
         mask = _Sees(order[:, window:], order, window) if regular else _Sees(blocks(places[n]), pairs(places), window)
         o = _attend(blocks(queries[n]), pairs(keys), pairs(values), mask, scale)
         pieces.append(o.unflatten(0, (batch, -1)).flatten(1, 2))
-    return torch.cat(pieces, dim=1)[:, :time]
+    return torch.cat(pieces, dim=1)
+
+
+def _windowed_traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Tensor,
+    state: Cache | None,
+    past_place: Tensor | None,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The same without a branch on the length, so that one compiled graph takes any: all blocks alike, the last filled
+    up. (It always is, for a graph would know a length that fills all blocks as a case of its own.)"""
+    batch, time = q.shape[:2]
+    count = time // window + 1
+    fill = count * window - time
+    if state is None or past_place is None:
+        past_place = torch.full((batch, window), _NOWHERE, device=q.device)
+        past_k, past_v = k.new_zeros(batch, window, *k.shape[2:]), v.new_zeros(batch, window, *v.shape[2:])
+    else:
+        past_k, past_v = state[:2]
+
+    def blocks(x: Tensor) -> Tensor:
+        return x.reshape(batch * count, window, *x.shape[2:])
+
+    def pairs(past: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([blocks(torch.cat([past, x], dim=1)[:, : count * window]), blocks(x)], dim=1)
+
+    q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, fill)) for x in (q, k, v))
+    place = torch.nn.functional.pad(place.expand(batch, time), (0, fill), value=_NOWHERE)
+    sees = _Sees(blocks(place), pairs(past_place, place), window)
+    o = _attend(blocks(q), pairs(past_k, k), pairs(past_v, v), sees, scale)
+    return o.reshape(batch, count * window, *o.shape[2:])[:, :time]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
@@ -190,7 +224,9 @@ def _update(k: Tensor, v: Tensor, window: int | None, state: Cache | None, segme
         if state is None and window is None:
             return k, v, length + time
         new_length = length + time
-        last = slice(0, time) if window is None else slice(max(0, time - window), time)
+        # Cutting only saves work, and a traced length is no number to compare with.
+        cut = window is not None and not torch.compiler.is_compiling() and time > window
+        last = slice(time - (window or 0), time) if cut else slice(0, time)
         k, v = k[:, last], v[:, last]
         slot = length[:, None] + torch.arange(time, device=k.device)[None, last]
     else:

@@ -31,28 +31,27 @@ def reference(
     slot = torch.arange(keys.shape[1], device=k.device)
     if segments is None:
         valid = torch.ones(batch, time, dtype=torch.bool, device=k.device)
-        starts = torch.zeros_like(valid)
-    else:
-        starts, valid = segments.starts, segments.valid
+        segments = Segments(torch.zeros_like(valid), valid)
+    position = segments.positions(length)
 
-    def step(carry: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, start: Tensor, valid: Tensor):
-        keys, values, length = carry
+    def step(carry: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, start: Tensor, valid: Tensor, p: Tensor):
+        keys, values = carry
         # 1. a new document begins with nothing
         fresh = start[:, None, None, None]
         keys = torch.where(fresh, torch.zeros_like(keys), keys)
         values = torch.where(fresh, torch.zeros_like(values), values)
-        length = torch.where(start, 0, length)
-        # 2. a real token takes the next slot
-        here = (valid[:, None] & (slot == (length % slot.shape[0])[:, None]))[:, :, None, None]
+        # 2. a real token takes the slot of its position
+        here = (valid[:, None] & (slot == (p % slot.shape[0])[:, None]))[:, :, None, None]
         keys = torch.where(here, k[:, None], keys)
         values = torch.where(here, v[:, None], values)
-        length = length + valid.to(torch.int64)
         # 3. softmax over the slots in use; padding, which may find none, looks at all and is blanked afterwards
-        seen = (slot < length[:, None]) | ~valid[:, None]  # (B, L)
+        seen = (slot <= p[:, None]) | ~valid[:, None]  # (B, L)
         scores = scale * torch.einsum("bgrk,blgk->bgrl", q.unflatten(1, (groups, heads // groups)), keys)
         weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
         o = torch.einsum("bgrl,blgv->bgrv", weights, values).flatten(1, 2)
-        return (keys, values, length), torch.where(valid[:, None, None], o, torch.zeros_like(o))
+        return (keys, values), torch.where(valid[:, None, None], o, torch.zeros_like(o))
 
-    (keys, values, length), o = over_time(step, (keys, values, length), (q, k, v, starts, valid))
-    return o, (keys, values, length)
+    inputs = (q, k, v, segments.starts, segments.valid, position)
+    (keys, values), o = over_time(step, (keys, values), inputs)
+    kept = torch.where(segments.documents[:, -1] == 0, length, 0)
+    return o, (keys, values, kept + segments.in_last_document().sum(1))

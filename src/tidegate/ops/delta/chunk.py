@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import exp32, jit, matmul, matmul_into, transpose, wide_vectors
+from tidegate.ops.kernels import exp32, jit_views, matmul, matmul_into, transpose, wide_vectors
 
 C = 16
 LIMIT = np.float32(-40.0)
@@ -31,7 +31,7 @@ STACKS = 6
 FIRST, WHOLE = 2 * C - 1, 2 * C - 2
 
 
-@jit
+@jit_views
 def clear(x, begin, end):
     """x[begin:end] = 0. (A slice assignment would do, at ten times the compilation.)"""
     for m in range(begin, end):
@@ -40,7 +40,7 @@ def clear(x, begin, end):
             row[c] = ZERO
 
 
-@jit
+@jit_views
 def copy(x, o, rows, columns):
     """o[:rows, :columns] = x[:rows, :columns]."""
     for m in range(rows):
@@ -49,15 +49,21 @@ def copy(x, o, rows, columns):
             target[c] = source[c]
 
 
-@jit
-def store_row(x, o, columns):
-    """o[:columns] = x[:columns]."""
-    wide_vectors()
-    for c in range(columns):
-        o[c] = x[c]
+@jit_views
+def gather(x, tokens, n, batch, head, rows):
+    """The tokens' rows of x (B, T, H, D) into `rows`."""
+    for m in range(n):
+        _scaled(ONE, x[batch, tokens[m], head], rows[m], x.shape[3])
 
 
-@jit
+@jit_views
+def scatter(rows, tokens, n, batch, head, x):
+    """`rows` into the tokens' rows of x (B, T, H, D)."""
+    for m in range(n):
+        _scaled(ONE, rows[m], x[batch, tokens[m], head], x.shape[3])
+
+
+@jit_views
 def next_chunk(codes, g, T, t, batch, head, tokens, total):
     """Collect the times of the chunk that begins at or after t. Its size (0: nothing but padding) and its end."""
     n, decays = 0, g.shape[3]
@@ -87,7 +93,7 @@ def next_chunk(codes, g, T, t, batch, head, tokens, total):
     return n, t
 
 
-@jit
+@jit_views
 def load_decays(g, tokens, n, batch, head, K, W):
     """P, its inverse, w_1 and the whole chunk's decay; they stay ones without decay."""
     wide_vectors()
@@ -118,7 +124,7 @@ def load_decays(g, tokens, n, batch, head, K, W):
     _multiply(products[n - 1], first, products[WHOLE], K)
 
 
-@jit
+@jit_views
 def load_rows(q, k, a, b, beta, g, scale, tokens, n, batch, head, queries, W, KT):
     """Fill a chunk's stacks, and KT with KM transposed.
 
@@ -152,7 +158,7 @@ def load_rows(q, k, a, b, beta, g, scale, tokens, n, batch, head, queries, W, KT
     transpose(middle, C if tied else 2 * C, middle.shape[1], KT)
 
 
-@jit
+@jit_views
 def _written(x, inverse, last, middle, end, K):
     wide_vectors()
     for c in range(K):
@@ -161,7 +167,7 @@ def _written(x, inverse, last, middle, end, K):
         end[c] = middle[c] * last[c]
 
 
-@jit
+@jit_views
 def _read(x, row, first, factor, near, far, K):
     wide_vectors()
     for c in range(K):
@@ -170,7 +176,7 @@ def _read(x, row, first, factor, near, far, K):
         far[c] = near[c] * first[c]
 
 
-@jit
+@jit_views
 def load_values(v, beta, tokens, n, batch, head, delta, Z):
     """v, or beta v for the delta rule, into the first rows of Z; zeros where there is no token."""
     wide_vectors()
@@ -183,7 +189,7 @@ def load_values(v, beta, tokens, n, batch, head, delta, Z):
     clear(Z, n, C)
 
 
-@jit
+@jit_views
 def mask(M, n, L):
     """Rows of q see writes up to their own, rows of a only earlier ones."""
     wide_vectors()
@@ -196,7 +202,7 @@ def mask(M, n, L):
                 below[begin + j] = below[begin + j] if j < m else ZERO
 
 
-@jit
+@jit_views
 def solve(M, column, Y, n):
     """Y <- (I - A)^-1 Y with A[m, j] = M[C + m, column + j], strictly lower triangular: four rows at a time."""
     flat, width, columns = M.reshape(M.size), M.shape[1], Y.shape[1]
@@ -209,7 +215,7 @@ def solve(M, column, Y, n):
                 add_row(flat[corner + m * width + begin + j], Y[begin + j], Y[begin + m], columns)
 
 
-@jit
+@jit_views
 def solve_transposed(M, column, Y, n):
     """Y <- (I - A^T)^-1 Y, from the last rows to the first."""
     flat, width, columns = M.reshape(M.size), M.shape[1], Y.shape[1]
@@ -225,7 +231,7 @@ def solve_transposed(M, column, Y, n):
                 add_row(flat[corner + j * width + m], Y[begin + j], Y[begin + m], columns)
 
 
-@jit
+@jit_views
 def add_row(factor, x, y, columns):
     """y[:columns] += factor x[:columns]."""
     wide_vectors()
@@ -233,7 +239,7 @@ def add_row(factor, x, y, columns):
         y[c] += factor * x[c]
 
 
-@jit
+@jit_views
 def solve_writes(M, X, Z, n, L):
     """From what a reads of S0 (X) to what the chunk writes: Z = [V + U] with shared keys, [V; U] with separate ones.
 
@@ -252,7 +258,7 @@ def solve_writes(M, X, Z, n, L):
         solve(M, C, U, n)
 
 
-@jit
+@jit_views
 def pull_back(M, E, dS, DOR, dZ, n, L):
     """Gradients of the chunk's writes, dZ, from its outputs' (first rows of DOR) and its end's (dS, with E the KE).
 
@@ -270,7 +276,7 @@ def pull_back(M, E, dS, DOR, dZ, n, L):
         matmul(M[C:], 1, width, dX, dZ, C, C, columns)
 
 
-@jit
+@jit_views
 def store_decay_gradient(shared, W, dW, tokens, n, batch, head, delta, L, dg):
     """d log_decay. Every exponent of a chunk is a sum of log decays over a range of tokens; add up by ranges.
 
@@ -318,21 +324,21 @@ def store_decay_gradient(shared, W, dW, tokens, n, batch, head, delta, L, dg):
             out[0] = s
 
 
-@jit
+@jit_views
 def _multiply(x, y, o, K):
     wide_vectors()
     for c in range(K):
         o[c] = x[c] * y[c]
 
 
-@jit
+@jit_views
 def _multiply_add(sign, x, y, o, K):
     wide_vectors()
     for c in range(K):
         o[c] += sign * x[c] * y[c]
 
 
-@jit
+@jit_views
 def store_gradients(k, v, beta, scale, tokens, n, batch, head, W, dW, dV, dq, dk, dv, da, db, dbeta):
     """From the gradients of a chunk's stacks to those of q, k, v, a, b and beta."""
     K, V = dq.shape[3], dv.shape[3]
@@ -362,7 +368,7 @@ def store_gradients(k, v, beta, scale, tokens, n, batch, head, W, dW, dV, dq, dk
             _scaled(ONE, dV[m], dv[batch, t, head], V)
 
 
-@jit
+@jit_views
 def _dot(x, y, K):
     wide_vectors()
     s = ZERO
@@ -371,28 +377,28 @@ def _dot(x, y, K):
     return s
 
 
-@jit
+@jit_views
 def _scaled(factor, x, o, K):
     wide_vectors()
     for c in range(K):
         o[c] = factor * x[c]
 
 
-@jit
+@jit_views
 def _back_read(far, near, row, first, factor, out, K):
     wide_vectors()
     for c in range(K):
         out[c] = factor * row[c] * (far[c] * first[c] + near[c])
 
 
-@jit
+@jit_views
 def _back_written(middle, end, inverse, last, out, K):
     wide_vectors()
     for c in range(K):
         out[c] = inverse[c] * (middle[c] + end[c] * last[c])
 
 
-@jit
+@jit_views
 def row_products(x, y, factors, o, rows, columns):
     """o[m] = factors[m] sum_c x[m, c] y[m, c]."""
     for m in range(rows):

@@ -25,81 +25,90 @@ from tidegate.ops.delta.chunk import (
     P,
     clear,
     copy,
+    gather,
     load_rows,
     load_values,
     mask,
     next_chunk,
     pull_back,
     row_products,
+    scatter,
     solve_writes,
     store_decay_gradient,
     store_gradients,
-    store_row,
 )
-from tidegate.ops.kernels import jit, matmul, matmul_into, matmul_rows, transpose
+from tidegate.ops.kernels import jit, jit_views, matmul, matmul_into, matmul_rows, transpose
 from tidegate.segments import Segments
 
 BLOCK = 4  # chunks between two kept states
 
 
+# -- kernels -----------------------------------------------------------------------------------------------------------
+# The outer functions allocate scratch, the inner ones solve one problem and allocate nothing (see kernels.jit_views).
 @jit
 def _zeros(count, rows, columns):
     return np.zeros((count, rows, columns), np.float32)
 
 
 @jit
-def _ones(W):
-    """Decays of one, which stay where there is no decay and in the columns that pad K."""
-    for chunk in range(W.shape[0]):
+def _stacks(count, columns):
+    """Stacks of `count` chunks. Decays are one, and stay so where there is no decay and in the columns that pad K."""
+    stacks = np.zeros((count, STACKS, 2 * C, columns), np.float32)
+    for chunk in range(count):
         for stack in (P, INVERSE):
             for m in range(2 * C):
-                for c in range(W.shape[3]):
-                    W[chunk, stack, m, c] = ONE
+                for c in range(columns):
+                    stacks[chunk, stack, m, c] = ONE
+    return stacks
 
 
 @jit
 def _forward(begin, end, q, k, v, a, b, beta, g, codes, state, scale, padded, o, final):
-    T, H, K, V, (Kp, Vp) = q.shape[1], q.shape[2], q.shape[3], v.shape[3], padded
-    delta, L = a.shape[0] == 0, C if b.shape[0] == 0 else 2 * C
+    Kp, Vp = padded
     tokens, total = np.zeros(C, np.int64), np.zeros(max(g.shape[3], 1), np.float32)
-    stacks, keys = np.zeros((1, STACKS, 2 * C, Kp), np.float32), _zeros(1, Kp, 2 * C)
-    values, pairs, states = _zeros(2, 2 * C, Vp), _zeros(1, 2 * C, 2 * C), _zeros(1, Kp, Vp)
-    _ones(stacks)
-    W, KT, Z, XO, M, S = stacks[0], keys[0], values[0], values[1], pairs[0], states[0]
-    far, near, written, X = W[QAX], W[QAP], W[KE], XO[C:]
-    far_a, near_a, M_a = far[C:], near[C:], M[C:]
+    W, KT, M, S = _stacks(1, Kp)[0], _zeros(1, Kp, 2 * C)[0], _zeros(1, 2 * C, 2 * C)[0], _zeros(1, Kp, Vp)[0]
+    Z, XO = _zeros(1, 2 * C, Vp)[0], _zeros(1, 2 * C, Vp)[0]
     for problem in range(begin, end):
-        batch, head = problem // H, problem % H
-        copy(state[batch, head], S, K, V)
-        t = 0
-        while True:
-            n, t = next_chunk(codes, g, T, t, batch, head, tokens, total)
-            if n == 0:
-                break
-            if codes.shape[0] > 0 and codes[batch, tokens[0]] == 1:
-                clear(S, 0, K)
-            rows = -(-n // 4) * 4
-            load_rows(q, k, a, b, beta, g, scale, tokens, n, batch, head, True, W, KT)
-            load_values(v, beta, tokens, n, batch, head, delta, Z)
-            matmul_into(far, Kp, 1, S, XO, rows, K, Vp)
-            matmul_into(far_a, Kp, 1, S, X, rows, K, Vp)
-            matmul_into(near, Kp, 1, KT, M, rows, K, L)
-            matmul_into(near_a, Kp, 1, KT, M_a, rows, K, L)
-            mask(M, n, L)
-            solve_writes(M, X, Z, n, L)
-            matmul(M, 2 * C, 1, Z, XO, rows, L, Vp)
-            for m in range(n):
-                store_row(XO[m], o[batch, tokens[m], head], V)
-            matmul_rows(written, 1, Kp, Z, S, Kp, n if L == C else L, Vp, W[P, WHOLE])
-        copy(S, final[batch, head], K, V)
+        _forward_problem(
+            problem, q, k, v, a, b, beta, g, codes, state, scale, o, final, tokens, total, W, KT, M, S, Z, XO
+        )
 
 
-@jit
-def _count(codes, g, T, batch, head, tokens, total, begins):
+@jit_views
+def _forward_problem(problem, q, k, v, a, b, beta, g, codes, state, scale, o, final, tokens, total, W, KT, M, S, Z, XO):
+    T, H, K, V, Kp, Vp = q.shape[1], q.shape[2], q.shape[3], v.shape[3], S.shape[0], S.shape[1]
+    delta, L = a.shape[0] == 0, C if b.shape[0] == 0 else 2 * C
+    far, near, X = W[QAX], W[QAP], XO[C:]
+    batch, head = problem // H, problem % H
+    copy(state[batch, head], S, K, V)
+    t = 0
+    while True:
+        n, t = next_chunk(codes, g, T, t, batch, head, tokens, total)
+        if n == 0:
+            break
+        if codes.shape[0] > 0 and codes[batch, tokens[0]] == 1:
+            clear(S, 0, K)
+        rows = -(-n // 4) * 4
+        load_rows(q, k, a, b, beta, g, scale, tokens, n, batch, head, True, W, KT)
+        load_values(v, beta, tokens, n, batch, head, delta, Z)
+        matmul_into(far, Kp, 1, S, XO, rows, K, Vp)
+        matmul_into(far[C:], Kp, 1, S, X, rows, K, Vp)
+        matmul_into(near, Kp, 1, KT, M, rows, K, L)
+        matmul_into(near[C:], Kp, 1, KT, M[C:], rows, K, L)
+        mask(M, n, L)
+        solve_writes(M, X, Z, n, L)
+        matmul(M, 2 * C, 1, Z, XO, rows, L, Vp)
+        scatter(XO, tokens, n, batch, head, o)
+        matmul_rows(W[KE], 1, Kp, Z, S, Kp, n if L == C else L, Vp, W[P, WHOLE])
+    copy(S, final[batch, head], K, V)
+
+
+@jit_views
+def _count(problem, codes, g, T, H, tokens, total, begins):
     """Where each chunk of a problem begins; how many there are."""
     chunks, t = 0, 0
     while True:
-        n, t = next_chunk(codes, g, T, t, batch, head, tokens, total)
+        n, t = next_chunk(codes, g, T, t, problem // H, problem % H, tokens, total)
         if n == 0:
             return chunks
         chunks += 1
@@ -110,90 +119,132 @@ def _count(codes, g, T, batch, head, tokens, total, begins):
 def _backward(
     begin, end, q, k, v, a, b, beta, g, codes, state, scale, padded, do, dfinal, dq, dk, dv, da, db, dbeta, dg, dstate
 ):
-    T, H, K, V, (Kp, Vp) = q.shape[1], q.shape[2], q.shape[3], v.shape[3], padded
-    delta, L = a.shape[0] == 0, C if b.shape[0] == 0 else 2 * C
+    T, H, Kp, Vp = q.shape[1], q.shape[2], padded[0], padded[1]
     total, begins = np.zeros(max(g.shape[3], 1), np.float32), np.zeros(T + 1, np.int64)
     tokens, sizes = np.zeros((BLOCK, C), np.int64), np.zeros(BLOCK, np.int64)
     # What a block of chunks needs twice stands in slots, one per chunk; what is needed once comes after them.
-    stacks, keys = np.zeros((BLOCK + 1, STACKS, 2 * C, Kp), np.float32), _zeros(BLOCK + 2, Kp, 2 * C)
-    values, turned = _zeros(BLOCK + 3, 2 * C, Vp), _zeros(2, Vp, 2 * C)
-    pairs, states, shared = _zeros(2, 2 * C, 2 * C), _zeros(BLOCK + 2, Kp, Vp), np.zeros(K, np.float32)
-    _ones(stacks)
-    dW, M, dM, S, dS = stacks[BLOCK], pairs[0], pairs[1], states[BLOCK], states[BLOCK + 1]
-    M_a, Z, DOR, dZ, DOT, ZT = M[C:], values[BLOCK], values[BLOCK + 1], values[BLOCK + 2], turned[0], turned[1]
-    X, dQAT, dKT = dZ, keys[BLOCK], keys[BLOCK + 1]
+    stacks, keys, values = _stacks(BLOCK + 1, Kp), _zeros(BLOCK + 2, Kp, 2 * C), _zeros(BLOCK + 3, 2 * C, Vp)
+    turned, pairs, states = _zeros(2, Vp, 2 * C), _zeros(2, 2 * C, 2 * C), _zeros(BLOCK + 2, Kp, Vp)
+    shared = np.zeros(q.shape[3], np.float32)
     kept, writes = _zeros(0, Kp, Vp), _zeros(0, C, Vp)
     for problem in range(begin, end):
-        batch, head = problem // H, problem % H
-        chunks = _count(codes, g, T, batch, head, tokens[0], total, begins)
+        chunks = _count(problem, codes, g, T, H, tokens[0], total, begins)
         if writes.shape[0] < chunks:
             kept, writes = _zeros(-(-chunks // BLOCK), Kp, Vp), _zeros(chunks, C, Vp)
+        scratch = (tokens, sizes, total, stacks, keys, values, turned, pairs, states, shared)
+        _replay(problem, chunks, begins, q, k, v, a, b, beta, g, codes, state, scale, kept, writes, scratch)
+        _reverse(
+            *(problem, chunks, begins, q, k, v, a, b, beta, g, codes, scale, kept, writes, scratch),
+            *(do, dfinal, dq, dk, dv, da, db, dbeta, dg, dstate),
+        )
 
-        # Forward again, for the states and the writes.
-        copy(state[batch, head], S, K, V)
-        W, KT, at = stacks[0], keys[0], tokens[0]
-        for chunk in range(chunks):
-            n, _ = next_chunk(codes, g, T, begins[chunk], batch, head, at, total)
+
+@jit_views
+def _replay(problem, chunks, begins, q, k, v, a, b, beta, g, codes, state, scale, kept, writes, scratch):
+    """Forward again, keeping the chunks' writes and every BLOCK-th state."""
+    tokens, _, total, stacks, keys, values, _, pairs, states, _ = scratch
+    T, H, K, V, Kp, Vp = q.shape[1], q.shape[2], q.shape[3], v.shape[3], states.shape[1], states.shape[2]
+    delta, L = a.shape[0] == 0, C if b.shape[0] == 0 else 2 * C
+    at, W, KT, Z, X, M, S = tokens[0], stacks[0], keys[0], values[0], values[1], pairs[0], states[0]
+    batch, head = problem // H, problem % H
+    copy(state[batch, head], S, K, V)
+    for chunk in range(chunks):
+        n, _ = next_chunk(codes, g, T, begins[chunk], batch, head, at, total)
+        if codes.shape[0] > 0 and codes[batch, at[0]] == 1:
+            clear(S, 0, K)
+        if chunk % BLOCK == 0:
+            copy(S, kept[chunk // BLOCK], Kp, Vp)
+        rows = -(-n // 4) * 4
+        load_rows(q, k, a, b, beta, g, scale, at, n, batch, head, False, W, KT)
+        load_values(v, beta, at, n, batch, head, delta, Z)
+        matmul_into(W[QAX, C:], Kp, 1, S, X, rows, K, Vp)
+        matmul_into(W[QAP, C:], Kp, 1, KT, M[C:], rows, K, L)
+        mask(M, n, L)
+        solve_writes(M, X, Z, n, L)
+        copy(Z[L - C :], writes[chunk], C, Vp)
+        matmul_rows(W[KE], 1, Kp, Z, S, Kp, L, Vp, W[P, WHOLE])
+
+
+@jit_views
+def _reverse(
+    problem,
+    chunks,
+    begins,
+    q,
+    k,
+    v,
+    a,
+    b,
+    beta,
+    g,
+    codes,
+    scale,
+    kept,
+    writes,
+    scratch,
+    do,
+    dfinal,
+    dq,
+    dk,
+    dv,
+    da,
+    db,
+    dbeta,
+    dg,
+    dstate,
+):
+    """Gradients, from the last chunk to the first; the states of a block are made again from the kept one."""
+    tokens, sizes, total, stacks, keys, values, turned, pairs, states, shared = scratch
+    T, H, K, V, Kp, Vp = q.shape[1], q.shape[2], q.shape[3], v.shape[3], states.shape[1], states.shape[2]
+    delta, L = a.shape[0] == 0, C if b.shape[0] == 0 else 2 * C
+    dW, M, dM, dS, DOR, dZ = stacks[BLOCK], pairs[0], pairs[1], states[BLOCK + 1], values[BLOCK + 1], values[BLOCK + 2]
+    DOT, ZT, dQAT, dKT = turned[0], turned[1], keys[BLOCK], keys[BLOCK + 1]
+    batch, head = problem // H, problem % H
+    copy(dfinal[batch, head], dS, K, V)
+    for block in range(-(-chunks // BLOCK) - 1, -1, -1):
+        offset = block * BLOCK
+        slots = min(BLOCK, chunks - offset)
+        for slot in range(slots):
+            n, _ = next_chunk(codes, g, T, begins[offset + slot], batch, head, tokens[slot], total)
+            sizes[slot], at, W, S0, before = n, tokens[slot], stacks[slot], states[slot], max(slot - 1, 0)
             if codes.shape[0] > 0 and codes[batch, at[0]] == 1:
-                clear(S, 0, K)
-            if chunk % BLOCK == 0:
-                copy(S, kept[chunk // BLOCK], Kp, Vp)
-            rows = -(-n // 4) * 4
-            load_rows(q, k, a, b, beta, g, scale, at, n, batch, head, False, W, KT)
-            load_values(v, beta, at, n, batch, head, delta, Z)
-            matmul_into(W[QAX][C:], Kp, 1, S, X, rows, K, Vp)
-            matmul_into(W[QAP][C:], Kp, 1, KT, M_a, rows, K, L)
+                clear(S0, 0, K)
+            elif slot == 0:
+                copy(kept[block], S0, Kp, Vp)
+            else:
+                copy(states[before], S0, Kp, Vp)
+                matmul_rows(stacks[before, KE], 1, Kp, values[before], S0, Kp, L, Vp, stacks[before, P, WHOLE])
+            load_rows(q, k, a, b, beta, g, scale, at, n, batch, head, True, W, keys[slot])
+            if L > C:
+                load_values(v, beta, at, n, batch, head, delta, values[slot])
+            copy(writes[offset + slot], values[slot][L - C :], C, Vp)
+
+        for slot in range(slots - 1, -1, -1):
+            n, at, W, S0, Z = sizes[slot], tokens[slot], stacks[slot], states[slot], values[slot]
+            gather(do, at, n, batch, head, DOR)
+            clear(DOR, n, C)
+            matmul_into(W[QAP], Kp, 1, keys[slot], M, 2 * C, K, L)
             mask(M, n, L)
-            solve_writes(M, X, Z, n, L)
-            copy(Z[L - C :], writes[chunk], C, Vp)
-            matmul_rows(W[KE], 1, Kp, Z, S, Kp, L, Vp, W[P, WHOLE])
-
-        copy(dfinal[batch, head], dS, K, V)
-        for block in range(-(-chunks // BLOCK) - 1, -1, -1):
-            offset = block * BLOCK
-            slots = min(BLOCK, chunks - offset)
-            for slot in range(slots):
-                n, _ = next_chunk(codes, g, T, begins[offset + slot], batch, head, tokens[slot], total)
-                sizes[slot], at, W, S0, before = n, tokens[slot], stacks[slot], states[slot], max(slot - 1, 0)
-                if codes.shape[0] > 0 and codes[batch, at[0]] == 1:
-                    clear(S0, 0, K)
-                elif slot == 0:
-                    copy(kept[block], S0, Kp, Vp)
-                else:
-                    copy(states[before], S0, Kp, Vp)
-                    matmul_rows(stacks[before, KE], 1, Kp, values[before], S0, Kp, L, Vp, stacks[before, P, WHOLE])
-                load_rows(q, k, a, b, beta, g, scale, at, n, batch, head, True, W, keys[slot])
-                if L > C:
-                    load_values(v, beta, at, n, batch, head, delta, values[slot])
-                copy(writes[offset + slot], values[slot][L - C :], C, Vp)
-
-            for slot in range(slots - 1, -1, -1):
-                n, at, W, S0 = sizes[slot], tokens[slot], stacks[slot], states[slot]
-                for m in range(n):
-                    store_row(do[batch, at[m], head], DOR[m], V)
-                clear(DOR, n, C)
-                matmul_into(W[QAP], Kp, 1, keys[slot], M, 2 * C, K, L)
-                mask(M, n, L)
-                pull_back(M, W[KE], dS, DOR, dZ, n, L)
-                transpose(DOR, 2 * C, Vp, DOT)
-                transpose(values[slot], L, Vp, ZT)
-                matmul_into(DOR, Vp, 1, ZT, dM, 2 * C, V, L)
-                mask(dM, n, L)
-                matmul_into(S0, Vp, 1, DOT, dQAT, Kp, V, 2 * C)
-                matmul_into(dS, Vp, 1, ZT, dKT, Kp, V, L)
-                transpose(dQAT, Kp, 2 * C, dW[QAX])
-                transpose(dKT, Kp, L, dW[KE])
-                matmul_into(dM, 2 * C, 1, W[KM], dW[QAP], 2 * C, L, Kp)
-                matmul_into(dM, 1, 2 * C, W[QAP], dW[KM], L, 2 * C, Kp)
-                if g.shape[3] > 0:
-                    row_products(S0, dS, W[P, WHOLE], shared, K, Vp)
-                    store_decay_gradient(shared, W, dW, at, n, batch, head, delta, L, dg)
-                store_gradients(k, v, beta, scale, at, n, batch, head, W, dW, dZ, dq, dk, dv, da, db, dbeta)
-                if codes.shape[0] > 0 and codes[batch, at[0]] == 1:
-                    clear(dS, 0, K)
-                else:
-                    matmul_rows(W[QAX], 1, Kp, DOR, dS, Kp, 2 * C, Vp, W[P, WHOLE])
-        copy(dS, dstate[batch, head], K, V)
+            pull_back(M, W[KE], dS, DOR, dZ, n, L)
+            transpose(DOR, 2 * C, Vp, DOT)
+            transpose(Z, L, Vp, ZT)
+            matmul_into(DOR, Vp, 1, ZT, dM, 2 * C, V, L)
+            mask(dM, n, L)
+            matmul_into(S0, Vp, 1, DOT, dQAT, Kp, V, 2 * C)
+            matmul_into(dS, Vp, 1, ZT, dKT, Kp, V, L)
+            transpose(dQAT, Kp, 2 * C, dW[QAX])
+            transpose(dKT, Kp, L, dW[KE])
+            matmul_into(dM, 2 * C, 1, W[KM], dW[QAP], 2 * C, L, Kp)
+            matmul_into(dM, 1, 2 * C, W[QAP], dW[KM], L, 2 * C, Kp)
+            if g.shape[3] > 0:
+                row_products(S0, dS, W[P, WHOLE], shared, K, Vp)
+                store_decay_gradient(shared, W, dW, at, n, batch, head, delta, L, dg)
+            store_gradients(k, v, beta, scale, at, n, batch, head, W, dW, dZ, dq, dk, dv, da, db, dbeta)
+            if codes.shape[0] > 0 and codes[batch, at[0]] == 1:
+                clear(dS, 0, K)
+            else:
+                matmul_rows(W[QAX], 1, Kp, DOR, dS, Kp, 2 * C, Vp, W[P, WHOLE])
+    copy(dS, dstate[batch, head], K, V)
 
 
 # -- torch operators ---------------------------------------------------------------------------------------------------
@@ -232,7 +283,7 @@ def forward_op(
     new = torch.empty if codes is None else torch.zeros  # no chunk visits padding
     o, final = new(v.shape, dtype=torch.float32), torch.empty(state.shape, dtype=torch.float32)
     arguments = _arguments(q, k, v, a, b, beta, log_decay, codes, state, scale)
-    kernels.run(_forward, q.shape[0] * q.shape[2], *arguments, o.numpy(), final.numpy())
+    _run(_forward, q, v, *arguments, o.numpy(), final.numpy())
     return o, final
 
 
@@ -264,7 +315,7 @@ def backward_op(
     ]
     arguments = _arguments(q, k, v, a, b, beta, log_decay, codes, state, scale)
     upstream = kernels.array(do), kernels.array(dfinal)
-    kernels.run(_backward, q.shape[0] * q.shape[2], *arguments, *upstream, *(x.numpy() for x in gradients))
+    _run(_backward, q, v, *arguments, *upstream, *(x.numpy() for x in gradients))
     return gradients
 
 
@@ -275,6 +326,14 @@ def _(q, k, v, a, b, beta, log_decay, state, codes, scale, do, dfinal):
 
 
 _RANKS = (4, 4, 4, 4, 4, 3, 4, 4)  # axes of q, k, v, a, b, beta, log_decay, state
+
+
+def _run(kernel, q: Tensor, v: Tensor, *arguments) -> None:
+    problems = q.shape[0] * q.shape[2]
+    if q.numel() * v.shape[-1] < 2**19:  # a step: waking a thread takes longer than the work
+        kernel(0, problems, *arguments)
+    else:
+        kernels.run(kernel, problems, *arguments)
 
 
 def _arguments(q, k, v, a, b, beta, log_decay, codes, state, scale):

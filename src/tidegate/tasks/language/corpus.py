@@ -89,7 +89,8 @@ def tail_at_paragraph(chunks: Iterator[bytes], cut: int) -> Iterator[tuple[bool,
             yield tail, chunk
         else:
             at = max(cut - seen, 0)
-            at = next((found + len(s) for s in (b"\n\n", b"\n", b" ") if (found := chunk.find(s, at)) >= 0), at)
+            ends = (found + len(s) for s in (b"\n\n", b"\n", b" ") if (found := chunk.find(s, at)) >= 0)
+            at = next((end for end in ends if end < len(chunk)), at)  # a line break at the very end leaves no tail
             while at < len(chunk) and chunk[at] & 0xC0 == 0x80:  # never inside a character
                 at += 1
             yield False, chunk[:at]
