@@ -43,7 +43,8 @@ class Block:
 
 def pages() -> list[Path]:
     """README.md and every page under docs/ that this harness looks after."""
-    written = sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "papers")
+    written = sorted((ROOT / "docs").rglob("*.md"))
+    written = [page for page in written if not page.is_relative_to(ROOT / "docs" / "papers")]  # reports, generated
     return [ROOT / "README.md", *written]
 
 

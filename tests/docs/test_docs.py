@@ -86,6 +86,15 @@ def test_the_table_of_keys_is_that_of_the_recipe():
     assert {key: yaml.safe_load(default) for key, default in rows} == flat(Recipe().model_dump(mode="json"))
 
 
+def test_every_yaml_block_is_a_recipe():
+    from tidegate.train.recipe import Recipe
+
+    for page in PAGES:
+        for block in pages.blocks(page):
+            if block.language == "yaml":
+                Recipe.parse(yaml.safe_load(block.code), f"{page.name}:{block.line}")
+
+
 def test_the_mixer_of_the_example_keeps_the_contract(tmp_path: Path):
     from tests.contract import test_equality as contract
     from tests.contract.helpers import Subject
@@ -108,3 +117,17 @@ def test_every_api_entry_exists():
         for name in re.findall(r"^::: ([\w.]+)$", page.read_text(encoding="utf-8"), re.M):
             module, _, attribute = name.rpartition(".")
             assert hasattr(importlib.import_module(module), attribute), f"{page.name}: there is no {name}"
+
+
+def test_every_paper_is_named():
+    from tidegate.papers import papers
+
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    for slug, paper in papers().items():
+        assert f"| `{slug}` | [{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}) |" in page
+
+
+def test_the_named_recipes_exist():
+    for page in PAGES:
+        for name in re.findall(r"recipes/[\w.-]+\.yaml", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name}: {name} does not exist"

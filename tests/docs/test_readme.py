@@ -57,3 +57,11 @@ def test_the_named_folders_exist():
     layout = README.partition("## Layout")[2].partition("\n## ")[0]
     for name in re.findall(r"^\| `([\w./]+)`", layout, re.M):
         assert (pages.ROOT / name).exists() or (pages.ROOT / "src" / "tidegate" / name).exists(), name
+
+
+def test_families_and_exceptions_are_explained():
+    page = (pages.ROOT / "docs" / "mixers.md").read_text(encoding="utf-8")
+    families, exceptions = page.partition("## Families")[2].split("## Exceptions")
+    costs = dict(re.findall(r"^\| `(\w+)` \|.*\| (\d+)\b[^|]*\|$", families, re.M))
+    assert costs == {name: str(cost) for name, (_, cost) in registry.FAMILIES.items() if name != "attention"}
+    assert set(re.findall(r"^\| `(\w+)` \|", exceptions, re.M)) == registry.PROPERTIES

@@ -114,6 +114,23 @@ def test_the_other_starts_of_a_product(inner, vectors):
         np.testing.assert_allclose(start, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (LANES, 2 * LANES), (3 * LANES, LANES)])
+def test_transpose(rows, columns):
+    x = np.random.default_rng(0).standard_normal((pad(rows), pad(columns))).astype(np.float32)
+    o = np.full((pad(columns), pad(rows)), np.nan, np.float32)
+    kernels.transpose(x, rows, columns, o)
+    np.testing.assert_array_equal(o, x.T)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("columns", [1, 256, 257, 5000])
+def test_blocks_do_not_split_a_vector_whatever_the_threads(rows, columns):
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert kernels.block(columns, rows) % 256 == 0
+        assert 0 < kernels.block(columns, rows) <= 1024
+
+
 def test_matmul_hands_on_nan_and_infinity():
     a, b = np.ones((4, 2), np.float32), np.ones((2, LANES), np.float32)
     a[1, 0], a[2, 0] = np.nan, np.inf

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-WORDS = "the tide comes in and goes out of gates with water that turns at noon while boats wait for wind".split()
+TEXT = "the tide comes in and goes out of gates with water that turns at noon while boats wait for wind"
+WORDS = TEXT.split()
 BASE = {
     "name": "tiny",
     "model": {"mixer": "gla", "layers": 2, "dim": 16, "options": {"num_heads": 2}},

@@ -52,7 +52,7 @@ def test_every_truncation_and_any_flipped_byte_is_noticed(tmp_path):
     content = path.read_bytes()
     for size in (0, 1, 7, 8, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match="damaged checkpoint|not a training checkpoint"):
+        with pytest.raises(ValueError, match=r"damaged checkpoint|not a training checkpoint"):
             load_checkpoint(path)
     for place in (len(content) - 1, len(content) - 40):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -84,7 +84,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device: .*c.safetensors"):
+    with pytest.raises(OSError, match=r"No space left on device: .*c.safetensors"):
         save_checkpoint({"a": torch.ones(2)}, path)
     assert os.listdir(tmp_path) == ["c.safetensors"]
     assert torch.equal(load_checkpoint(path)["a"], torch.zeros(2))

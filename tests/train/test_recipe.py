@@ -1,5 +1,6 @@
 """Recipes: what is wrong is said with its place and the closest right name, before anything heavy starts."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
         ({"training": {"stesp": 1}}, "training.stesp: there is no such key, did you mean 'steps'?"),
         ({"training": {"steps": "many"}}, "training.steps: wanted a valid integer, .*seen 'many'"),
         ({"training": {"steps": 0}}, "training.steps: wanted greater than or equal to 1, seen 0"),
-        ({"training": {"schedule": "linear"}}, "training.schedule: wanted 'wsd', 'cosine' or 'constant', seen 'linear'"),
+        (
+            {"training": {"schedule": "linear"}},
+            "training.schedule: wanted 'wsd', 'cosine' or 'constant', seen 'linear'",
+        ),
         ({"training": {"batch_size": 5, "devices": 2}}, r"training.batch_size: 5 rows cannot be shared .* take 6"),
         ({"training": 7}, "training: .*seen 7"),
         ({"model": {"mixer": "gal"}}, "model: mixer: there is no 'gal', did you mean 'gla'?"),
@@ -25,7 +29,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
         ({"model": {"mixer": "gla", "dim": 30, "options": {"num_heads": 4}}}, "model: .*30"),
         ({"model": {"layers": 0}}, "model: layers: the list is empty"),
         ({"model": {"layers": "2*gla,retnt"}}, "model: mixer: there is no 'retnt', did you mean 'retnet'"),
-        ({"model": {"network": {"droput": 0.1}}}, "model: network: there is no option 'droput', did you mean 'dropout'"),
+        (
+            {"model": {"network": {"droput": 0.1}}},
+            "model: network: there is no option 'droput', did you mean 'dropout'",
+        ),
         ({"model": {"network": {"dropout": 2}}}, "model: dropout: seen 2"),
         ({"model": {"layers": 1.5}}, "model.layers: wanted a number, a pattern or a list of mixer names, seen 1.5"),
         ({"model": {"layers": ["gla", {"retnet": {"x": 1}}]}}, "model: retnet: no option 'x'"),
@@ -79,7 +86,7 @@ def test_schedule(kind):
     values = [factor(s, kind=kind, steps=100, warmup=10, decay=0.3, minimum=0.1) for s in range(100)]
     assert values[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
     assert max(values) == 1
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(values[10:], values[11:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(values[10:]))
     if kind == "constant":
         assert values[-1] == 1
     else:

@@ -27,6 +27,7 @@ def digest(path: Path) -> str:
 def finished(text, tmp_path_factory):
     """An uninterrupted run of the small recipe."""
     from tests.train.conftest import BASE
+
     from tidegate.train.recipe import Recipe, merged
 
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -169,7 +170,7 @@ def test_early_stop_and_best_model(recipe, tmp_path):
 
 def test_folder_is_guarded(finished, recipe, tmp_path):
     whole, _ = finished
-    with pytest.raises(ValueError, match="is not empty; name another folder, or continue .* --resume"):
+    with pytest.raises(ValueError, match=r"is not empty; name another folder, or continue .* --resume"):
         train(recipe(), whole)
     with pytest.raises(ValueError, match=r"model.dim: was 16 in .*recipe.yaml; a resumed run keeps its recipe"):
         train(recipe({"model.dim": 32}), whole, resume=True)
@@ -201,7 +202,7 @@ def test_full_disk_is_an_error_and_leaves_earlier_files(recipe, tmp_path, monkey
         write(path, content)
 
     monkeypatch.setattr(checkpoint, "write_atomically", full)
-    with pytest.raises(OSError, match="No space left on device: .*step-00000008"):
+    with pytest.raises(OSError, match=r"No space left on device: .*step-00000008"):
         train(recipe(), tmp_path / "run")
     monkeypatch.undo()
     assert checkpoint.newest_good(tmp_path / "run", print).name == "step-00000004.safetensors"

@@ -30,6 +30,7 @@ class Shape:
 
     @property
     def tokens(self) -> int:
+        """B * T."""
         return self.batch * self.time
 
 

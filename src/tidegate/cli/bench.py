@@ -14,6 +14,8 @@ from tidegate.cli import output
 
 
 class Subject(StrEnum):
+    """What can be timed."""
+
     ops = "ops"
     mixers = "mixers"
     decode = "decode"
@@ -92,6 +94,7 @@ def bench(
 
 
 def registered() -> list[str]:
+    """All mixers."""
     from tidegate import registry
 
     return registry.names()

@@ -58,7 +58,9 @@ def _run(slug: str, seeds: int, out: Path | None, smoke: bool, threads: int | No
         record, measured = experiment.run(wanted, seeds, Situation(smoke, say))
         report.write(folder, wanted, record, measured, shlex.join(command))
     for tried in record["experiments"]:
-        _print_experiment(tried, console)
+        _print_numbers(tried, console)
+        if not smoke:
+            _print_checks(tried, console)
     verdict = record["verdict"] or "none"
     console.print(Text(f"threshold: {wanted.threshold}"))
     console.print(Text(f"verdict: {verdict} ({record['reason']}; {report.duration(record['seconds'])})", style="bold"))
@@ -71,7 +73,7 @@ def _threads(count: int | None) -> Any:
     return machine.threads(count)
 
 
-def _print_experiment(tried: dict[str, Any], console: Any) -> None:
+def _print_numbers(tried: dict[str, Any], console: Any) -> None:
     from tidegate.papers.report import number
 
     names = list(dict.fromkeys(name for row in tried["medians"].values() for name in row))
@@ -81,6 +83,11 @@ def _print_experiment(tried: dict[str, Any], console: Any) -> None:
     for system, row in tried["medians"].items():
         table.add_row(system, *(number(row[name]) if name in row else "" for name in names))
     console.print(table)
+
+
+def _print_checks(tried: dict[str, Any], console: Any) -> None:
+    from tidegate.papers.report import number
+
     for check in tried["checks"]:
         sign = "yes" if check["met"] else "no "
         own = "" if check["deciding"] else " (not deciding)"

@@ -59,6 +59,7 @@ class Block(nn.Module):
         return {name: getattr(self, name).state_spec() for name in self.stateful}
 
     def init_state(self, batch_size: int, **options: Any) -> State:
+        """The state before the first token."""
         return State({name: getattr(self, name).init_state(batch_size, **options) for name in self.stateful})
 
     def forward(

@@ -46,8 +46,14 @@ def jit_views(function: Callable[..., Any]) -> Any:
 
     Counting a reference is an atomic operation, several of which cost more than a loop over one row.
     """
-    options: dict[str, Any] = {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy", "cache": True}
-    return numba.njit(**options, _nrt=False)(function)
+    options: dict[str, Any] = {
+        "nogil": True,
+        "fastmath": FASTMATH,
+        "error_model": "numpy",
+        "cache": True,
+        "_nrt": False,
+    }
+    return numba.njit(**options)(function)
 
 
 def inline(function: Callable[..., Any]) -> Any:

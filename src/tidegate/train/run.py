@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -55,20 +56,19 @@ def train(
     text = None if d.text is None else str(Path(d.text).expanduser().resolve())
     recipe = recipe.model_copy(update={"data": d.model_copy(update={"text": text})})
     _check_folder(folder, recipe, resume)
-    say = console.print if console is not None else lambda *_, **__: None
+    say = _silent if console is None else functools.partial(console.print, soft_wrap=True, markup=False)
 
     from tidegate.tasks.language.data import Rows, prepare
 
     corpus = prepare(d.text, tokenizer=d.tokenizer, vocab_size=d.vocab_size, field=d.field, held_out=d.held_out)
     Rows(corpus.train, t.length, corpus.tokenizer.boundary, recipe.seed)  # too short a text is found out here
-    say(corpus.describe(), soft_wrap=True)
+    say(corpus.describe())
     model = recipe.build_model(corpus.tokenizer.vocab_size)
     parameters = sum(p.numel() for p in model.parameters())
     del model
     say(
         f"{_layers(recipe)}, dim {recipe.model.dim}: {parameters:,} parameters; {t.steps:,} steps of {t.batch_size} "
-        f"rows x {t.length} tokens; into {folder}",
-        soft_wrap=True,
+        f"rows x {t.length} tokens; into {folder}"
     )
 
     from tidegate.train.callbacks import warn
@@ -136,25 +136,23 @@ def _finish(recipe: Recipe, folder: Path, corpus: Corpus, fitted: Any, seconds: 
 
 def _sample(recipe: Recipe, folder: Path, model: Any, corpus: Corpus, console: Any) -> str:
     """A continuation of the recipe's prompt, shown as it is written and kept in sample.txt."""
-    s, tokenizer = recipe.sample, corpus.tokenizer
-    text = s.prompt
+    from tidegate.infer.text import TextGeneration
+
+    s, text = recipe.sample, recipe.sample.prompt
+    say = _silent if console is None else functools.partial(console.print, end="", markup=False, soft_wrap=True)
     if s.tokens:
-        stream = tokenizer.stream()
-        if console is not None:
-            console.print("\nsample", style="bold")
-            console.print(text, end="", markup=False, soft_wrap=True)
-        prompt = [tokenizer.boundary, *tokenizer.encode(s.prompt)]
-        options = {"temperature": s.temperature, "top_p": s.top_p, "seed": recipe.seed, "stop": tokenizer.boundary}
-        for token in model.generate(prompt, s.tokens, **options):
-            piece = stream.feed(int(token))
+        say(f"\nsample\n{text}")
+        options: dict[str, Any] = {"temperature": s.temperature, "top_p": s.top_p, "seed": recipe.seed}
+        for piece in TextGeneration(model, corpus.tokenizer, s.prompt, s.tokens, **options):
             text += piece
-            if console is not None:
-                console.print(piece, end="", markup=False, soft_wrap=True)
-        text += stream.flush()
-        if console is not None:
-            console.print()
+            say(piece)
+        say("\n")
     write_atomically(folder / "sample.txt", text.encode())
     return text
+
+
+def _silent(*_: Any, **__: Any) -> None:
+    """Says nothing."""
 
 
 def _layers(recipe: Recipe) -> str:

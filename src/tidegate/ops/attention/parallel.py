@@ -39,7 +39,11 @@ def parallel(
     place, past_place = _places(q, window, state, segments)
     if window is None:
         keys, values, key_place = k, v, place
-        if state is not None and past_place is not None:
+        if state is not None and segments is None:  # the new state holds past and present: nothing is copied twice
+            keys, values, length = new_state
+            slot = torch.arange(keys.shape[1], device=q.device)[None]
+            key_place = torch.where(slot < length[:, None], slot, _NOWHERE)
+        elif state is not None and past_place is not None:
             keys, values = torch.cat([state[0], k], dim=1), torch.cat([state[1], v], dim=1)
             key_place = torch.cat([past_place, place], dim=1)
         return _masked(q, keys, values, place, key_place, _APART // 2, scale), new_state
@@ -251,7 +255,10 @@ def _update(k: Tensor, v: Tensor, window: int | None, state: Cache | None, segme
     def write(past: Tensor | None, new: Tensor) -> Tensor:
         room = new.new_zeros(batch, size + 1 - (0 if past is None else past.shape[1]), *new.shape[2:])
         buffer = room if past is None else torch.cat([past, room], dim=1)
-        return buffer.scatter(1, slot[:, :, None, None].expand_as(new), new)[:, :size]
+        # The buffer is new, so writing into it harms nobody; only `vmap` cannot, if the past is the same for all.
+        mapped = torch._C._functorch.peek_interpreter_stack() is not None
+        scatter = buffer.scatter if mapped else buffer.scatter_
+        return scatter(1, slot[:, :, None, None].expand_as(new), new)[:, :size]
 
     keys, values = (None, None) if state is None else state[:2]
     return write(keys, k), write(values, v), new_length
