@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -121,6 +122,19 @@ def test_as_a_command_of_its_own(text, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "order-3 n-gram" in done.stdout
     assert not done.stderr.strip(), done.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(text, tmp_path):
+    command = [sys.executable, "-c", _MAIN, "train", text, *TINY, "--steps", "100000", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "step 1/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    advice, error = errors.splitlines()
+    assert f"`tidegate train --out {tmp_path / 'run'} --resume` continues" in advice
+    assert error == "error: interrupted"
 
 
 _MAIN = "import sys; sys.argv[0] = 'tidegate'; from tidegate.cli.main import main; main()"

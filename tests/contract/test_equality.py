@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.contract.helpers import (
     whole,
 )
 from tests.contract.tolerances import EQUAL
+from tidegate import registry
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
@@ -92,6 +94,19 @@ def test_the_shortest_calls_with_documents_and_padding(subject: Subject, time: i
     for kind in ("packed", "packed_with_holes", "left", "right", "blank_row"):
         segments = segments_of(kind, 3, time, drawn("short", subject.name, kind, time))
         check_equal(mixer, whole(mixer, segments), alone(mixer, segments), x, state)
+
+
+def test_every_switch_keeps_the_contract(subject: Subject):
+    """Options that are on or off, each turned from its default: what tiny options alone would never run."""
+    for option, parameter in registry.Info(subject.name, subject.cls, "", "").options.items():
+        if isinstance(parameter.default, bool):
+            turned = replace(subject, options={**subject.options, option: not parameter.default})
+            mixer = turned.build()
+            x, state = turned.input(3, 33), turned.state(mixer, 3)
+            segments = segments_of("packed_with_holes", 3, 33, drawn("switch", subject.name, option))
+            x[~segments.valid] = float("nan")
+            check_equal(mixer, whole(mixer, segments), alone(mixer, segments), x, state)
+            check_equal(mixer, pieces(mixer, (1, 17), segments), whole(mixer, segments), x, state)
 
 
 @DTYPES

@@ -372,6 +372,16 @@ class BranchesOnLength(Ema):
         return h * torch.tensor([1.0 for _ in range(x.shape[1])], dtype=h.dtype)[:, None], last
 
 
+class LeaksWhenSwitched(Ema):
+    def __init__(self, dim, *, heads=1, leaky=False, device=None, dtype=None):
+        super().__init__(dim, heads=heads, device=device, dtype=dtype)
+        self.leaky = leaky
+
+    def average(self, x, state, segments):
+        starts = torch.zeros_like(segments.starts) if self.leaky else segments.starts
+        return super().average(x, state, Segments(starts, segments.valid))
+
+
 class ForgetsConfig(Ema):
     def __init__(self, dim, *, heads=1, device=None, dtype=None):
         super().__init__(dim, heads=1, device=device, dtype=dtype)

@@ -195,6 +195,7 @@ def test_packed_and_padded(name, x):
     mixer = make(name)
     segments = Segments.packed([[7, 12], [5, 14]]) & Segments.padded(torch.rand(B, T) > 0.2)
     y, state = mixer(torch.where(segments.valid[..., None], x, float("nan")), segments=segments)
+    assert not y[~segments.valid].any()
     documents = segments.documents
     for row in range(B):
         for document in (1, 2):

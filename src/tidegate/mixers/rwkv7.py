@@ -11,7 +11,7 @@ from tidegate.nn.mixer import Mixer, accumulation_dtype
 from tidegate.nn.parts import l2_normalise, split_heads, token_shift
 from tidegate.ops import dplr
 from tidegate.registry import register
-from tidegate.segments import Segments
+from tidegate.segments import Segments, zero_padding
 from tidegate.state import State
 
 _MIXES = ("r", "w", "k", "v", "a", "g")  # rows of `mix`
@@ -164,7 +164,8 @@ class RWKV7(Mixer):
         o = nn.functional.layer_norm(o, (self.head_dim,), eps=1e-5 * self.head_dim).flatten(-2)
         o = torch.addcmul(self.norm_bias, o, self.norm_weight)
         o = o + ((r * k * self.bonus).sum(-1, keepdim=True) * v).flatten(-2)
-        return self.o_proj(o * gate), State(x_prev=x_prev, memory=memory)
+        # The norm's bias speaks on padding too.
+        return zero_padding(self.o_proj(o * gate), segments), State(x_prev=x_prev, memory=memory)
 
     def _value_residual(self, v: Tensor, xv: Tensor, side: dict[str, Tensor] | None) -> Tensor:
         """The first layer leaves its values in `side`, later ones move towards them."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +77,23 @@ def fit(
             use_distributed_sampler=False,
             default_root_dir=folder,
         )
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with _interruptible():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     return Fitted(trainer.global_step, speed.tokens_per_second, evaluation.stopped_early, evaluation.best_step)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C with `exit(1)` and ignores the next one; we want it to stay what it is."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if main_thread and handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _quiet:

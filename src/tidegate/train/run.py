@@ -88,8 +88,12 @@ def train(
     if resume:
         say(f"continuing from {checkpoint.name}" if checkpoint else "no checkpoint yet: from the start")
     begin = time.perf_counter()
-    with workers(t.devices, arguments) as place:
-        fitted = fit(recipe, folder, corpus, place, checkpoint, console)
+    try:
+        with workers(t.devices, arguments) as place:
+            fitted = fit(recipe, folder, corpus, place, checkpoint, console)
+    except KeyboardInterrupt:
+        warn(f"stopped by hand; `tidegate train --out {folder} --resume` continues from the last checkpoint")
+        raise
     seconds = time.perf_counter() - begin
     if fitted.stopped_early:
         say(f"stopped at step {fitted.step}: no better score since step {fitted.best_step}")
