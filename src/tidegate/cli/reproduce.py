@@ -21,8 +21,8 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the report [default: reports/PAPER]; with --list, of all reports.")
     ] = None,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds instead of minutes: does it run? No verdict.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as PyTorch chooses, 1 with --smoke.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Does it run? In seconds, without a verdict.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as PyTorch chooses (smoke: 1).")] = None,
 ) -> None:
     """Run a paper's central claim at laptop scale: claim beside measurement.
 
@@ -49,13 +49,8 @@ def _run(slug: str, seeds: int, out: Path | None, smoke: bool, threads: int | No
     console = output.console()
     console.print(Text(f"{wanted.title} (arXiv {wanted.arxiv})\nclaim: {wanted.claim}\n"))
     with _threads(threads or (1 if smoke else None)), console.status("") as status:
-
-        def say(text: str) -> None:
-            status.update(text)
-            if not console.is_terminal and text.endswith("."):  # a log wants results, not progress
-                console.print(Text(text))
-
-        record, measured = experiment.run(wanted, seeds, Situation(smoke, say))
+        situation = Situation(smoke, say=status.update, note=lambda text: console.print(Text(text)))
+        record, measured = experiment.run(wanted, seeds, situation)
         report.write(folder, wanted, record, measured, shlex.join(command))
     for tried in record["experiments"]:
         _print_numbers(tried, console)

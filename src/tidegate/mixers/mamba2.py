@@ -55,7 +55,7 @@ class Mamba2(Mixer):
         expand: float = 2.0,
         num_groups: int = 1,
         conv_width: int = 4,
-        dt_limit: tuple[float, float] = (0.0, float("inf")),
+        dt_limit: tuple[float, float] | None = None,
         use_norm: bool = True,
         norm_before_gate: bool = False,
         norm_eps: float = 1e-5,
@@ -71,7 +71,7 @@ class Mamba2(Mixer):
             expand,
             num_groups,
         )
-        self.conv_width, self.dt_limit, self.use_norm = conv_width, tuple(dt_limit), use_norm
+        self.conv_width, self.dt_limit, self.use_norm = conv_width, dt_limit, use_norm
         self.norm_before_gate, self.norm_eps, self.num_layers = norm_before_gate, norm_eps, num_layers
         self.inner = int(expand * dim)
         if self.inner != expand * dim or self.inner % head_dim:
@@ -79,7 +79,7 @@ class Mamba2(Mixer):
         self.num_heads = self.inner // head_dim
         if self.num_heads % num_groups:
             raise ValueError(f"num_groups: seen {num_groups}, wanted a divisor of the {self.num_heads} heads")
-        if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+        if dt_limit is not None and not 0 <= dt_limit[0] < dt_limit[1]:
             raise ValueError(f"dt_limit: seen {dt_limit}, wanted 0 <= low < high")
         grouped = num_groups * state_dim
         self.widths = (self.inner, self.inner + 2 * grouped, self.num_heads)  # z, xBC, dt
@@ -123,7 +123,9 @@ class Mamba2(Mixer):
         xbc, tail = self.convolution(xbc, state["convolution"], segments)
         u, b, c = xbc.split(self.xbc_widths, -1)
         wide = accumulation_dtype(x.dtype)  # a decay of 0.999 has no room in half precision
-        step = functional.softplus(dt.to(wide) + self.dt_bias.to(wide)).clamp(*self.dt_limit)
+        step = functional.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        if self.dt_limit is not None:
+            step = step.clamp(*self.dt_limit)
         u = split_heads(u, self.num_heads)
         b, c = (
             split_heads(part, self.num_groups).repeat_interleave(self.num_heads // self.num_groups, 2)

@@ -41,7 +41,8 @@ class Situation:
     """What an experiment is told about the run: whether it only has to show that it works, and whom to tell."""
 
     smoke: bool = False
-    say: Callable[[str], None] = lambda text: None
+    say: Callable[[str], None] = lambda text: None  # where it is just now
+    note: Callable[[str], None] = lambda text: None  # a result, worth a line
 
 
 @dataclass(frozen=True)

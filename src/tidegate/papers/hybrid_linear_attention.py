@@ -54,7 +54,7 @@ def recall(seed: int, situation: Situation) -> Measured:
         curves[system] = fit(model, draw, steps=steps, lr=5e-3, say=_teller(situation, "recall", seed, system, steps))
         seen = score(model, [one_token_pairs(batch, test) for _ in range(1 if situation.smoke else 16)])
         numbers[system] = {"recall": seen["accuracy"], "loss": seen["loss"]}
-        situation.say(f"recall, seed {seed}, {system}: recall {seen['accuracy']:.3f}, loss {seen['loss']:.3f}.")
+        situation.note(f"recall, seed {seed}, {system}: recall {seen['accuracy']:.3f}, loss {seen['loss']:.3f}")
     return Measured(numbers, curves)
 
 
@@ -96,7 +96,7 @@ def text(seed: int, situation: Situation) -> Measured:
         batches = zip(*(part.split(64) for part in fresh), strict=True)
         loss = score(model, list(batches)[: 1 if situation.smoke else None])["loss"]
         numbers[system] = {"bits per byte": loss / math.log(2)}
-        situation.say(f"text, seed {seed}, {system}: {numbers[system]['bits per byte']:.3f} bits per byte.")
+        situation.note(f"text, seed {seed}, {system}: {numbers[system]['bits per byte']:.3f} bits per byte")
     return Measured(numbers, curves)
 
 
@@ -151,10 +151,10 @@ PAPER = Paper(
     experiments=(
         Experiment(
             name="recall",
-            about="One-token pairs: 32 tokens show different keys (of 64), each with a value (of 16); 32 tokens ask for "
-            "them. Four blocks, D 32, one head, K 8, V 32, SwiGLU of 64, no convolution; attention, where there is one "
-            "layer of it, is the last. AdamW 5e-3, warm-up 50, clip 1, batch 64, 500 steps; scored on 1,024 fresh rows. "
-            "Chance is 0.0625.",
+            about="One-token pairs: 32 tokens show different keys (of 64), each with a value (of 16); 32 tokens ask "
+            "for them. Four blocks, D 32, one head, K 8, V 32, SwiGLU of 64, no convolution; attention, where there is "
+            "one layer of it, is the last. AdamW 5e-3, warm-up 50, clip 1, batch 64, 500 steps; scored on 1,024 fresh "
+            "rows. Chance is 0.0625.",
             measure=recall,
             checks=(
                 Check("GLA: recall of 3:1 minus recall of pure", _gap("GLA"), ">=", 0.2),
@@ -174,8 +174,9 @@ PAPER = Paper(
                 ),
                 Check(
                     "pure: recall of RetNet minus the lower of GLA and Gated DeltaNet",
-                    lambda n: n["RetNet, pure"]["recall"]
-                    - min(n["GLA, pure"]["recall"], n["Gated DeltaNet, pure"]["recall"]),
+                    lambda n: (
+                        n["RetNet, pure"]["recall"] - min(n["GLA, pure"]["recall"], n["Gated DeltaNet, pure"]["recall"])
+                    ),
                     "<",
                     0.0,
                     deciding=False,
@@ -192,4 +193,10 @@ PAPER = Paper(
             draw=draw_text,
         ),
     ),
+    notes="HGRN-2, HGRN and DeltaNet of the paper are not tried yet. Four layers whose states hold 8 bindings each can "
+    "share the work, and a linear stack goes on improving for long: a gap to 3:1 is one after 500 steps, not for ever. "
+    "Left open by the paper: no weight decay, and a constant rate after the warm-up, were chosen beforehand; 500 steps "
+    "and standard normal embeddings after trials with seed 0 of recall (pure GLA had 0.68 there, Gated DeltaNet 0.91, "
+    "more than after 300 steps); the bound of 5% on text was kept after a trial with seed 100 (2.6%). Python's version "
+    "changes the text a little. The paper's models (340M and 1.3B parameters) are not trained here.",
 )

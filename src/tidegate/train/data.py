@@ -36,15 +36,15 @@ class LanguageData(LightningDataModule):
         super().__init__()
         self.recipe, self.corpus = recipe, corpus
         self.rows = Rows(corpus.train, recipe.training.length, corpus.tokenizer.boundary, recipe.seed)
-        self._step = 0
+        self.first_step = 0
 
     def train_dataloader(self) -> Batches:
         assert self.trainer is not None
-        return Batches(self.rows, self.recipe, self._step, self.trainer.global_rank, self.trainer.world_size)
+        return Batches(self.rows, self.recipe, self.first_step, self.trainer.global_rank, self.trainer.world_size)
 
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         return {"step": self.trainer.global_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._step = state_dict["step"]
+        self.first_step = state_dict["step"]

@@ -32,6 +32,7 @@ class Fitted:
     """What is known when the last step is done."""
 
     step: int
+    first_step: int  # 0, or that of the checkpoint
     tokens_per_second: float
     stopped_early: bool
     best_step: int
@@ -79,7 +80,9 @@ def fit(
         )
         with _interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    return Fitted(trainer.global_step, speed.tokens_per_second, evaluation.stopped_early, evaluation.best_step)
+    return Fitted(
+        trainer.global_step, data.first_step, speed.tokens_per_second, evaluation.stopped_early, evaluation.best_step
+    )
 
 
 @contextmanager

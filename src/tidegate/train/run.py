@@ -32,10 +32,11 @@ class Result:
     perplexity: float
     baseline: float  # bits per byte of the n-gram model on the same bytes
     step: int
+    first_step: int  # where this call began: 0, or the checkpoint it resumed
     best_step: int
     stopped_early: bool
     tokens_per_second: float
-    seconds: float  # of training
+    seconds: float  # from first_step to step: compiling, evaluating and saving included
     picture: Path
     sample: str
 
@@ -129,6 +130,7 @@ def _finish(recipe: Recipe, folder: Path, corpus: Corpus, fitted: Any, seconds: 
         score.perplexity,
         baseline,
         fitted.step,
+        fitted.first_step,
         fitted.best_step,
         fitted.stopped_early,
         fitted.tokens_per_second,
