@@ -86,12 +86,12 @@ def train(
     result = run(chosen, folder, resume=resume, console=screen)
     better = "better" if result.bits_per_byte < result.baseline else "worse"
     difference = abs(result.baseline - result.bits_per_byte)
-    steps = f"steps {result.first_step + 1:,} to {result.step:,}" if result.first_step else f"{result.step:,} steps"
+    done = f"steps {result.first_step + 1:,} to {result.step:,}" if result.first_step else f"{result.step:,} steps"
     rows = [
         ("held-out text", f"{result.bits_per_byte:.3f} bits per byte, perplexity {result.perplexity:.2f} per token"),
         (f"order-{BASELINE_ORDER} n-gram", f"{result.baseline:.3f} bits per byte on the same bytes"),
         ("", f"the model is {difference:.3f} bits per byte {better}"),
-        ("training", f"{steps} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"),
+        ("training", f"{done} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"),
         ("picture", str(result.picture)),
         ("run", str(result.folder)),
     ]

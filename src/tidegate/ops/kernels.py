@@ -293,7 +293,7 @@ def _product(start: str):
 _zero, _add, _rows, _columns = _product("zero"), _product("add"), _product("rows"), _product("columns")
 
 
-@jit
+@jit_views
 def matmul(a, a_row, a_column, b, o, rows, inner, columns):
     """o[:rows, :columns] += A @ b[:inner, :columns], where A[m, j] = a.flat[m * a_row + j * a_column].
 
@@ -304,21 +304,21 @@ def matmul(a, a_row, a_column, b, o, rows, inner, columns):
     _add(a, a_row, a_column, b, o, rows, inner, columns, a)
 
 
-@jit
+@jit_views
 def matmul_into(a, a_row, a_column, b, o, rows, inner, columns):
     """As `matmul`, but o = A @ b: what stood in o does not matter."""
     wide_vectors()
     _zero(a, a_row, a_column, b, o, rows, inner, columns, a)
 
 
-@jit
+@jit_views
 def matmul_rows(a, a_row, a_column, b, o, rows, inner, columns, factors):
     """As `matmul`, but o = factors[:, None] * o + A @ b."""
     wide_vectors()
     _rows(a, a_row, a_column, b, o, rows, inner, columns, factors)
 
 
-@jit
+@jit_views
 def matmul_columns(a, a_row, a_column, b, o, rows, inner, columns, factors):
     """As `matmul`, but o = factors * o + A @ b."""
     wide_vectors()
@@ -359,7 +359,7 @@ def _transpose_block(typing_context, x, x_at, x_row, o, o_at, o_row):
     return signature, generate
 
 
-@jit
+@jit_views
 def transpose(x, rows, columns, o):
     """o[c, m] = x[m, c]; two-dimensional and contiguous, both extents padded to multiples of LANES in memory."""
     wide_vectors()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tidegate.models.language import LanguageModel
-from tidegate.papers.experiment import Check, Experiment, Measured, Paper, Situation
+from tidegate.papers.experiment import Check, Experiment, Measured, Paper, Situation, thin
 from tidegate.tasks.fit import fit
 from tidegate.tasks.recall import PairModel, one_token_pairs, score
 
@@ -51,7 +51,8 @@ def recall(seed: int, situation: Situation) -> Measured:
         def draw(train: torch.Generator = train) -> tuple[Tensor, Tensor]:
             return one_token_pairs(batch, train)
 
-        curves[system] = fit(model, draw, steps=steps, lr=5e-3, say=_teller(situation, "recall", seed, system, steps))
+        say = _teller(situation, "recall", seed, system, steps)
+        curves[system] = thin(fit(model, draw, steps=steps, lr=5e-3, say=say))
         seen = score(model, [one_token_pairs(batch, test) for _ in range(1 if situation.smoke else 16)])
         numbers[system] = {"recall": seen["accuracy"], "loss": seen["loss"]}
         situation.note(f"recall, seed {seed}, {system}: recall {seen['accuracy']:.3f}, loss {seen['loss']:.3f}")
@@ -92,7 +93,8 @@ def text(seed: int, situation: Situation) -> Measured:
             begins = torch.randint(len(learnt) - length, (batch,), generator=train)
             return _windows(learnt, begins, length)
 
-        curves[system] = fit(model, draw, steps=steps, lr=3e-3, say=_teller(situation, "text", seed, system, steps))
+        say = _teller(situation, "text", seed, system, steps)
+        curves[system] = thin(fit(model, draw, steps=steps, lr=3e-3, say=say))
         batches = zip(*(part.split(64) for part in fresh), strict=True)
         loss = score(model, list(batches)[: 1 if situation.smoke else None])["loss"]
         numbers[system] = {"bits per byte": loss / math.log(2)}

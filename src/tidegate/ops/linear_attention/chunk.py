@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import exp32, jit, wide_vectors
+from tidegate.ops.kernels import exp32, jit_views, wide_vectors
 
 CHUNK = 16
 STRONGEST = np.float32(-40.0)
 ZERO = np.float32(0.0)
 
 
-@jit
-def plan(g, codes, b, h, begins, sizes):
+@jit_views
+def plan(g, codes, b, h, begins, sizes, total):
     """Chunk boundaries of one problem: token index and length of each chunk. Padding belongs to none."""
     time, channels = g.shape[1], g.shape[3]
-    total = np.zeros(channels, np.float32)
     chunks, t = 0, 0
     while t < time:
         if codes.shape[0] > 0 and codes[b, t] == 2:
@@ -41,7 +40,7 @@ def plan(g, codes, b, h, begins, sizes):
     return chunks
 
 
-@jit
+@jit_views
 def decays(g, b, h, begin, size, e, inverse, first):
     """e = exp(G), its inverse, and the first token's own decay, for one chunk; per key or broadcast from one."""
     wide_vectors()
@@ -77,7 +76,7 @@ def decays(g, b, h, begin, size, e, inverse, first):
         flat[i] = exp32(flat[i])
 
 
-@jit
+@jit_views
 def load(x, b, h, begin, size, out):
     """Rows of one chunk and head into scratch."""
     wide_vectors()
@@ -88,7 +87,7 @@ def load(x, b, h, begin, size, out):
             o[c] = row[c]
 
 
-@jit
+@jit_views
 def multiply(x, factor, scale, size):
     """x *= factor * scale on the first rows of scratch. In place: two views of one array would not vectorise."""
     wide_vectors()
@@ -97,7 +96,7 @@ def multiply(x, factor, scale, size):
         a[i] *= f[i] * scale
 
 
-@jit
+@jit_views
 def multiply_columns(x, factors, size):
     """x *= factors, one factor per column."""
     wide_vectors()
@@ -107,7 +106,7 @@ def multiply_columns(x, factors, size):
             row[c] *= factors[c]
 
 
-@jit
+@jit_views
 def copy(x, size, out):
     """out = x on the first rows of scratch."""
     wide_vectors()
@@ -116,7 +115,7 @@ def copy(x, size, out):
         o[i] = a[i]
 
 
-@jit
+@jit_views
 def keep_lower(x, size):
     """Zero above the diagonal."""
     for m in range(size):

@@ -64,7 +64,7 @@ def forward_kernel(begin, end, q, k, v, g, codes, state, scale, o, last):
         for j in range(keys):
             S[j, :values] = state[b, h, j]
         factor[:] = one
-        chunks = plan(g, codes, b, h, begins, sizes)
+        chunks = plan(g, codes, b, h, begins, sizes, first)
         for chunk in range(chunks):
             t, size = begins[chunk], sizes[chunk]
             rows = -(-size // 4) * 4
@@ -121,7 +121,7 @@ def backward_kernel(begin, end, q, k, v, g, codes, state, last, scale, do, dlast
     total = np.zeros(K, np.float32)
     for problem in range(begin, end):
         b, h = problem // heads, problem % heads
-        chunks = plan(g, codes, b, h, begins, sizes)
+        chunks = plan(g, codes, b, h, begins, sizes, first)
 
         # 1. Forward: the states again (transposed, so that rows run over keys), for dq.
         for j in range(keys):
