@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import threading
-
 import numpy as np
 import pytest
 import torch
 
 from tidegate.ops import kernels
-from tidegate.ops.kernels import LANES, array, exp32, jit, matmul, pad, run
+from tidegate.ops.kernels import LANES, array, exp32, jit, matmul, pad
 
 
 @jit
 def exponentials(begin, end, x, y):
     for i in range(begin, end):
         y[i] = exp32(x[i])
-
-
-@jit
-def squares(begin, end, x, y):
-    for i in range(begin, end):
-        y[i] = x[i] * x[i]
-
-
-@jit
-def mark(begin, end, visits):
-    for i in range(begin, end):
-        visits[i] += 1
 
 
 def exp(x: np.ndarray) -> np.ndarray:
@@ -163,96 +146,3 @@ def test_array_shares_memory_where_it_can_and_resolves_lazy_conjugates():
     z = torch.randn(3, dtype=torch.complex64)
     np.testing.assert_array_equal(array(z.conj()), z.numpy().conj())
     np.testing.assert_array_equal(array(z.conj().imag), -z.numpy().imag)
-
-
-# -- run ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("problems", [0, 1, 2, 3, 7, 100])
-def test_run_solves_every_problem_once(threads, problems):
-    torch.set_num_threads(threads)
-    visits = np.zeros(problems, np.int64)
-    run(mark, problems, visits)
-    assert (visits == 1).all()
-
-
-def test_run_gives_the_same_bits_for_any_number_of_threads():
-    x = np.random.default_rng(0).uniform(-90, 90, 1001).astype(np.float32)
-    results = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        results.append(np.empty_like(x))
-        run(exponentials, len(x), x, results[-1])
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
-
-
-def test_run_hands_on_an_error_of_any_thread():
-    torch.set_num_threads(2)
-
-    def kernel(begin, end):
-        if begin > 0:
-            raise FloatingPointError("in the second share")
-
-    with pytest.raises(FloatingPointError, match="second share"):
-        run(kernel, 2)
-    with pytest.raises(TypeError):
-        run(squares, 2, np.zeros(2))
-
-
-def test_several_callers_at_once():
-    torch.set_num_threads(3)
-    x = np.random.default_rng(1).standard_normal((8, 999)).astype(np.float32)
-    y = np.zeros_like(x)
-
-    def call(row):
-        for _ in range(50):
-            run(squares, x.shape[1], x[row], y[row])
-
-    callers = [threading.Thread(target=call, args=(row,)) for row in range(8)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(timeout=60)
-    assert not any(caller.is_alive() for caller in callers)
-    np.testing.assert_array_equal(y, x * x)
-
-
-def test_the_pool_grows_while_it_is_in_use():
-    kernels._forget_pool()
-    torch.set_num_threads(2)
-    x, y = np.ones(64, np.float32), np.zeros(64, np.float32)
-    run(squares, 64, x, y)
-    before = kernels._pool
-    torch.set_num_threads(6)
-    y[:] = 0
-    run(squares, 64, x, y)
-    assert (y == 1).all()
-    assert kernels._pool is not before
-
-
-FORK = """
-import os, signal, sys
-import numpy as np, torch
-from tests.ops.test_kernels import exponentials
-from tidegate.ops.kernels import run
-torch.set_num_threads(2)
-x = np.linspace(-80, 80, 1001).astype(np.float32)
-def go():
-    y = np.empty_like(x)
-    run(exponentials, len(x), x, y)
-    return y
-expected = go()  # the parent's pool exists and is warm
-child = os.fork()
-if child == 0:
-    signal.alarm(30)  # a child that waits for threads it does not have is ended
-    os._exit(0 if all((go() == expected).all() for _ in range(20)) else 1)
-_, status = os.waitpid(child, 0)
-sys.exit(os.waitstatus_to_exitcode(status) or not (go() == expected).all())
-"""
-
-
-def test_kernels_run_after_a_fork():
-    """In a process of its own: a fork of the test run would copy all of it."""
-    finished = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert hasattr(os, "fork")

@@ -3,17 +3,13 @@
 Import this (and so Numba) only from a `numba_cpu.py`, which is itself imported on the first call that needs it.
 
 Kernels take `(begin, end, ...)`, the range of independent problems they are to solve, release the GIL, and are spread
-over threads by `run`. Each problem is computed the same way whoever computes it, so results do not depend on the
-number of threads. There is no OpenMP in them: PyTorch's own pool stays the only one, and any thread may call.
+over PyTorch's threads by `run` (threads.py). Each problem is computed the same way whoever computes it, so results do
+not depend on the number of threads, and any thread may call.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -21,10 +17,12 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 from torch import Tensor
+
+from tidegate.ops.threads import run as run  # kernels say kernels.run
 
 # Everything of fastmath but the licence to assume that there are no NaN and no infinities.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
@@ -66,27 +64,7 @@ def pad(columns: int) -> int:
     return max(LANES, -(-columns // LANES) * LANES)
 
 
-# -- threads -----------------------------------------------------------------------------------------------------------
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
-
-
-def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
-    """Call `kernel(begin, end, *arguments)` over `range(problems)`, split among `torch.get_num_threads()` threads."""
-    threads = min(torch.get_num_threads(), problems)
-    if threads <= 1:
-        kernel(0, problems, *arguments)
-        return
-    bounds = [problems * part // threads for part in range(threads + 1)]
-    # The caller takes the first share itself; compilation happens here once, under Numba's own lock.
-    futures = [
-        _threads(threads - 1).submit(kernel, begin, end, *arguments) for begin, end in itertools.pairwise(bounds[1:])
-    ]
-    kernel(bounds[0], bounds[1], *arguments)
-    for future in futures:
-        future.result()
-
-
+# -- work ------------------------------------------------------------------------------------------------------------
 def block(columns: int, rows: int) -> int:
     """How many of `columns` one problem takes, where columns are independent: long rows, but work for every thread.
 
@@ -94,22 +72,6 @@ def block(columns: int, rows: int) -> int:
     """
     pieces = -(-torch.get_num_threads() // rows)
     return min(1024, -(-columns // (256 * pieces)) * 256)
-
-
-def _threads(wanted: int) -> ThreadPoolExecutor:
-    global _pool
-    with _pool_lock:
-        if _pool is None or _pool._max_workers < wanted:
-            _pool = ThreadPoolExecutor(wanted, thread_name_prefix="tidegate")
-        return _pool
-
-
-def _forget_pool() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -139,6 +101,24 @@ def exp32(x):
     y = (p * r * r + r + np.float32(1.0)) * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
     y = np.float32(0.0) if x < np.float32(-87.0) else y
     return x if x != x else y
+
+
+@inline
+def exp_and_inverse(x):
+    """exp(x) and exp(-x) for |x| <= 87 in little more than the time of one: the parts of even and of odd order are shared.
+
+    x = n log 2 + r with |r| <= log(2) / 2. No range is checked; NaN gives NaN. Relative error 2e-7.
+    """
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    s = r * r
+    even = ((s * np.float32(1.3888889e-3) + np.float32(4.1666667e-2)) * s + np.float32(0.5)) * s + np.float32(1.0)
+    odd = ((s * np.float32(1.9841270e-4) + np.float32(8.3333333e-3)) * s + np.float32(1.6666667e-1)) * s
+    odd = odd * r + r
+    power = np.int32(np.int32(n) << np.int32(23))
+    up = np.int32(power + np.int32(127 << 23)).view(np.float32)
+    down = np.int32(np.int32(127 << 23) - power).view(np.float32)
+    return (even + odd) * up, (even - odd) * down
 
 
 # -- matrix product ----------------------------------------------------------------------------------------------------
@@ -367,6 +347,28 @@ def transpose(x, rows, columns, o):
     for m in range(0, rows, LANES):
         for c in range(0, columns, LANES):
             _transpose_block(x, m * x_row + c, x_row, o, c * o_row + m, o_row)
+
+
+@intrinsic
+def copy_floats(typing_context, source, source_at, target, target_at, count):
+    """target.flat[target_at : target_at + count] = source.flat[source_at : ...], contiguous arrays of equal dtype.
+
+    One memcpy. A loop over two views first proves, for every row anew, that they do not overlap.
+    """
+    signature = types.void(source, types.intp, target, types.intp, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        source_value, source_at, target_value, target_at, count = arguments
+
+        def place(kind, value, at):
+            return builder.gep(arrayobj.make_array(kind)(context, builder, value).data, [at])
+
+        size = context.get_abi_sizeof(context.get_data_type(signature.args[0].dtype))
+        destination = place(signature.args[2], target_value, target_at)
+        cgutils.raw_memcpy(builder, destination, place(signature.args[0], source_value, source_at), count, size)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------

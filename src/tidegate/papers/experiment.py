@@ -14,7 +14,7 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,14 @@ class Measured:
 
     numbers: Numbers
     curves: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, systems: Iterable[str], measure: Callable[[str], tuple[dict[str, float], list[float]]]) -> Measured:
+        """Every system measured in turn; `measure(system)` gives its numbers and its curve."""
+        numbers, curves = {}, {}
+        for system in systems:
+            numbers[system], curves[system] = measure(system)
+        return cls(numbers, curves)
 
 
 @dataclass(frozen=True)

@@ -28,26 +28,26 @@ KEYS = VALUES = 12
 # -- segment recall ----------------------------------------------------------------------------------------------------
 def recall(seed: int, situation: Situation) -> Measured:
     """Train the net with every gate on the same batches; score on fresh ones."""
+    return Measured.of(GATES, lambda system: _recall_of(system, seed, situation))
+
+
+def _recall_of(system: str, seed: int, situation: Situation) -> tuple[dict[str, float], list[float]]:
     steps, batch, length = (2, 4, 64) if situation.smoke else (200, 32, 128)
-    numbers, curves = {}, {}
-    for system, gate in GATES.items():
-        torch.manual_seed(seed)
-        train, test = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(10_000 + seed)
-        options = {"num_heads": 2, "expand_k": 0.5, "conv_width": 4, "gate": gate}
-        model = LanguageModel(1 + KEYS + VALUES, 64, [("gla", options)] * 2, feed_forward_dim=128)
+    torch.manual_seed(seed)
+    train, test = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(10_000 + seed)
+    options = {"num_heads": 2, "expand_k": 0.5, "conv_width": 4, "gate": GATES[system]}
+    model = LanguageModel(1 + KEYS + VALUES, 64, [("gla", options)] * 2, feed_forward_dim=128)
 
-        def draw(train: torch.Generator = train) -> tuple[Tensor, Tensor]:
-            return segment_recall(batch, train, length=length, keys=KEYS, values=VALUES)
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return segment_recall(batch, generator, length=length, keys=KEYS, values=VALUES)
 
-        def say(step: int, loss: float, system: str = system) -> None:
-            situation.say(f"segment recall, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
+    def say(step: int, loss: float) -> None:
+        situation.say(f"segment recall, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
 
-        curves[system] = thin(fit(model, draw, steps=steps, lr=3e-3, say=say))
-        fresh = [segment_recall(batch, test, length=length, keys=KEYS, values=VALUES) for _ in range(16)]
-        numbers[system] = score(model, fresh[: 1 if situation.smoke else None])
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in numbers[system].items())
-        situation.note(f"segment recall, seed {seed}, {system}: {shown}")
-    return Measured(numbers, curves)
+    curve = thin(fit(model, lambda: draw(train), steps=steps, lr=3e-3, say=say))
+    numbers = score(model, [draw(test) for _ in range(1 if situation.smoke else 16)])
+    situation.note(f"segment recall, seed {seed}, {system}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+    return numbers, curve
 
 
 def draw_recall(panel: Axes, measured: Sequence[Measured]) -> None:
@@ -222,10 +222,10 @@ PAPER = Paper(
             seeded=False,
         ),
     ),
-    notes="RetNet's decay here is its constants in this net (gate 'fixed'), without its rotation, so that the gate is the "
-    "only difference. The task needs forgetting, but not a gate per key channel: the comparison with one gate per head is "
-    "reported and does not decide. Left open by the paper and chosen beforehand: no weight decay, a constant rate after "
-    "the warm-up. At 200 steps the nets are in the middle of learning, so seeds differ a lot; more of them tell more. The "
-    "time depends on the machine and on who else uses it, so it does not decide. The paper's language models (340M and "
-    "1.3B parameters) are not trained here.",
+    notes="RetNet's decay here is its constants in this net (gate 'fixed'), without its rotation, so that the gate is "
+    "the only difference. The task needs forgetting, but not a gate per key channel: the comparison with one gate "
+    "per head is reported and does not decide. Left open by the paper and chosen beforehand: no weight decay, a "
+    "constant rate after the warm-up. At 200 steps the nets are in the middle of learning, so seeds differ a lot; "
+    "more of them tell more. The time depends on the machine and on who else uses it, so it does not decide. The "
+    "paper's language models (340M and 1.3B parameters) are not trained here.",
 )

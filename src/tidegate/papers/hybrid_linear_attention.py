@@ -40,66 +40,73 @@ def stack(system: str, linear: dict[str, Layer], attention: Layer) -> list[Layer
 # -- recall ------------------------------------------------------------------------------------------------------------
 def recall(seed: int, situation: Situation) -> Measured:
     """Train every stack on the same batches of one-token pairs; score on fresh ones."""
-    steps, batch = (2, 4) if situation.smoke else (500, 64)
-    numbers, curves = {}, {}
-    for system in STACKS:
-        torch.manual_seed(seed)
-        train, test = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(10_000 + seed)
-        layers = stack(system, LINEAR, ("attention", {"num_heads": 1}))
-        model = PairModel(64, 16, 32, layers, feed_forward_dim=64)
+    return Measured.of(STACKS, lambda system: _recall_of(system, seed, situation))
 
-        def draw(train: torch.Generator = train) -> tuple[Tensor, Tensor]:
-            return one_token_pairs(batch, train)
 
-        say = _teller(situation, "recall", seed, system, steps)
-        curves[system] = thin(fit(model, draw, steps=steps, lr=5e-3, say=say))
-        seen = score(model, [one_token_pairs(batch, test) for _ in range(1 if situation.smoke else 16)])
-        numbers[system] = {"recall": seen["accuracy"], "loss": seen["loss"]}
-        situation.note(f"recall, seed {seed}, {system}: recall {seen['accuracy']:.3f}, loss {seen['loss']:.3f}")
-    return Measured(numbers, curves)
+def _recall_of(system: str, seed: int, situation: Situation) -> tuple[dict[str, float], list[float]]:
+    steps, batch = (5, 4) if situation.smoke else (500, 64)
+    on_the_way = {steps // 5: "recall after 100", steps * 3 // 5: "after 300"}
+    torch.manual_seed(seed)
+    train, test = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(10_000 + seed)
+    fresh = [one_token_pairs(batch, test) for _ in range(1 if situation.smoke else 16)]
+    model = PairModel(64, 16, 32, stack(system, LINEAR, ("attention", {"num_heads": 1})), feed_forward_dim=64)
+    numbers: dict[str, float] = {}
+
+    def say(step: int, loss: float) -> None:
+        situation.say(f"recall, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
+        if step in on_the_way:
+            numbers[on_the_way[step]] = score(model, fresh)["accuracy"]
+
+    curve = thin(fit(model, lambda: one_token_pairs(batch, train), steps=steps, lr=5e-3, say=say))
+    seen = score(model, fresh)
+    numbers |= {"after 500": seen["accuracy"], "loss": seen["loss"]}
+    situation.note(f"recall, seed {seed}, {system}: " + ", ".join(f"{k} {v:.3f}" for k, v in numbers.items()))
+    return numbers, curve
 
 
 def draw_recall(panel: Axes, measured: Sequence[Measured]) -> None:
-    """Recall against the share of attention layers; a dot per seed, a line through the means."""
+    """Recall against the share of attention layers: a dot per seed, lines through means, dashed after 300 steps."""
     shares = {"pure": 0.0, "3:1": 0.25, FULL: 1.0}
     for index, name in enumerate(LINEAR):
-        means = []
-        for share, x in shares.items():
-            system = FULL if share == FULL else f"{name}, {share}"
-            values = [m.numbers[system]["recall"] for m in measured]
-            means.append(sum(values) / len(values))
+        systems = [FULL if share == FULL else f"{name}, {share}" for share in shares]
+        for when, style in (("after 300", "--"), ("after 500", "-")):
+            seen = [[m.numbers[system][when] for m in measured] for system in systems]
+            means = [sum(values) / len(values) for values in seen]
+            panel.plot(list(shares.values()), means, style, color=f"C{index}", label=f"{name}, {when} steps")
+        for x, values in zip(shares.values(), seen, strict=True):
             panel.plot([x] * len(values), values, "o", color=f"C{index}", alpha=0.5, markersize=4)
-        panel.plot(list(shares.values()), means, color=f"C{index}", label=name)
     panel.axhline(1 / 16, color="C7", linestyle=":", label="chance")
     panel.set(xlabel="share of softmax attention layers", ylabel="recall", ylim=(0, 1.05))
     panel.set_xticks([0, 0.25, 1], ["0", "1/4", "1"])
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=7)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
 def text(seed: int, situation: Situation) -> Measured:
     """Train the GLA stacks on bytes of English; the loss on the part held out."""
+    return Measured.of(("GLA, pure", "GLA, 3:1", FULL), lambda system: _text_of(system, seed, situation))
+
+
+def _text_of(system: str, seed: int, situation: Situation) -> tuple[dict[str, float], list[float]]:
     steps, batch, length = (2, 2, 32) if situation.smoke else (300, 16, 128)
     learnt, held_out = topics()
     fresh = _windows(held_out, torch.arange(0, len(held_out) - length - 1, length), length)
-    numbers, curves = {}, {}
-    for system in ("GLA, pure", "GLA, 3:1", FULL):
-        torch.manual_seed(seed)
-        train = torch.Generator().manual_seed(seed)
-        layers = stack(system, {"GLA": ("gla", {"num_heads": 2})}, ("attention", {"num_heads": 2}))
-        model = LanguageModel(256, 64, layers, feed_forward_dim=128)
+    batches = list(zip(*(part.split(64) for part in fresh), strict=True))
+    torch.manual_seed(seed)
+    train = torch.Generator().manual_seed(seed)
+    layers = stack(system, {"GLA": ("gla", {"num_heads": 2})}, ("attention", {"num_heads": 2}))
+    model = LanguageModel(256, 64, layers, feed_forward_dim=128)
 
-        def draw(train: torch.Generator = train) -> tuple[Tensor, Tensor]:
-            begins = torch.randint(len(learnt) - length, (batch,), generator=train)
-            return _windows(learnt, begins, length)
+    def draw() -> tuple[Tensor, Tensor]:
+        return _windows(learnt, torch.randint(len(learnt) - length, (batch,), generator=train), length)
 
-        say = _teller(situation, "text", seed, system, steps)
-        curves[system] = thin(fit(model, draw, steps=steps, lr=3e-3, say=say))
-        batches = zip(*(part.split(64) for part in fresh), strict=True)
-        loss = score(model, list(batches)[: 1 if situation.smoke else None])["loss"]
-        numbers[system] = {"bits per byte": loss / math.log(2)}
-        situation.note(f"text, seed {seed}, {system}: {numbers[system]['bits per byte']:.3f} bits per byte")
-    return Measured(numbers, curves)
+    def say(step: int, loss: float) -> None:
+        situation.say(f"text, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
+
+    curve = thin(fit(model, draw, steps=steps, lr=3e-3, say=say))
+    bits = score(model, batches[: 1 if situation.smoke else None])["loss"] / math.log(2)
+    situation.note(f"text, seed {seed}, {system}: {bits:.3f} bits per byte")
+    return {"bits per byte": bits}, curve
 
 
 def topics() -> tuple[Tensor, Tensor]:
@@ -133,12 +140,8 @@ def draw_text(panel: Axes, measured: Sequence[Measured]) -> None:
     panel.set(ylabel="bits per byte, held-out text")
 
 
-def _teller(situation: Situation, name: str, seed: int, system: str, steps: int) -> Callable[[int, float], None]:
-    return lambda step, loss: situation.say(f"{name}, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
-
-
-def _gap(name: str) -> Callable[..., float]:
-    return lambda n: n[f"{name}, 3:1"]["recall"] - n[f"{name}, pure"]["recall"]
+def _gap(name: str, when: str = "after 500") -> Callable[..., float]:
+    return lambda n: n[f"{name}, 3:1"][when] - n[f"{name}, pure"][when]
 
 
 PAPER = Paper(
@@ -162,9 +165,16 @@ PAPER = Paper(
                 Check("GLA: recall of 3:1 minus recall of pure", _gap("GLA"), ">=", 0.2),
                 Check(
                     "GLA: recall of 3:1 minus recall of full attention",
-                    lambda n: n["GLA, 3:1"]["recall"] - n[FULL]["recall"],
+                    lambda n: n["GLA, 3:1"]["after 500"] - n[FULL]["after 500"],
                     "<=",
                     0.02,
+                ),
+                Check(
+                    "GLA: recall of 3:1 minus recall of pure, after 300 steps",
+                    _gap("GLA", "after 300"),
+                    ">=",
+                    0.2,
+                    deciding=False,
                 ),
                 Check("RetNet: recall of 3:1 minus recall of pure", _gap("RetNet"), ">=", 0.2, deciding=False),
                 Check(
@@ -177,7 +187,8 @@ PAPER = Paper(
                 Check(
                     "pure: recall of RetNet minus the lower of GLA and Gated DeltaNet",
                     lambda n: (
-                        n["RetNet, pure"]["recall"] - min(n["GLA, pure"]["recall"], n["Gated DeltaNet, pure"]["recall"])
+                        n["RetNet, pure"]["after 500"]
+                        - min(n["GLA, pure"]["after 500"], n["Gated DeltaNet, pure"]["after 500"])
                     ),
                     "<",
                     0.0,
@@ -196,9 +207,11 @@ PAPER = Paper(
         ),
     ),
     notes="HGRN-2, HGRN and DeltaNet of the paper are not tried yet. Four layers whose states hold 8 bindings each can "
-    "share the work, and a linear stack goes on improving for long: a gap to 3:1 is one after 500 steps, not for ever. "
-    "Left open by the paper: no weight decay, and a constant rate after the warm-up, were chosen beforehand; 500 steps "
-    "and standard normal embeddings after trials with seed 0 of recall (pure GLA had 0.68 there, Gated DeltaNet 0.91, "
-    "more than after 300 steps); the bound of 5% on text was kept after a trial with seed 100 (2.6%). Python's version "
-    "changes the text a little. The paper's models (340M and 1.3B parameters) are not trained here.",
+    "share the work: 32 bindings fit into a pure stack once it has learnt to spread them, so its recall goes on "
+    "rising and the gap is one of so many steps, not for ever. Left open by the paper: no weight decay, and a "
+    "constant rate after the warm-up, were chosen beforehand; 500 steps and standard normal embeddings after "
+    "trials with seed 0 of recall on another version of the net (pure GLA had 0.68 there, Gated DeltaNet 0.91); "
+    "the looks at 100 and 300 steps were added after a first run of two seeds; the bound of 5% on text was kept "
+    "after a trial with seed 100 (2.6%). Python's version changes the text a little. The paper's models (340M and "
+    "1.3B parameters) are not trained here.",
 )

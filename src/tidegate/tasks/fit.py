@@ -24,7 +24,7 @@ def fit(
     """Train `model` (as `logits, state = model(inputs)`) on fresh batches from `draw`; gives the loss of every step.
 
     AdamW without weight decay, a linear warm-up and then a constant rate, gradients clipped to norm `clip`. `say` is
-    told the step and its loss now and then. A loss that is not finite ends the training; its NaN is in the list.
+    told the steps done and the last loss. A loss that is not finite ends the training; its NaN is in the list.
     """
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -41,6 +41,6 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimiser.step()
-        if say is not None and step % 10 == 0:
-            say(step, losses[-1])
+        if say is not None:
+            say(step + 1, losses[-1])
     return losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import exp32, jit_views, wide_vectors
+from tidegate.ops.kernels import copy_floats, exp32, exp_and_inverse, jit_views, wide_vectors
 
 CHUNK = 16
 STRONGEST = np.float32(-40.0)
@@ -70,21 +70,24 @@ def decays(g, b, h, begin, size, e, inverse, first):
         for c in range(channels):
             em[c] = before[c] + row[c]
     flat, flat_inverse = e.reshape(-1), inverse.reshape(-1)
-    for i in range(size * keys):  # a second exp costs less than a division
-        flat_inverse[i] = exp32(-flat[i])
     for i in range(size * keys):
-        flat[i] = exp32(flat[i])
+        flat[i], flat_inverse[i] = exp_and_inverse(flat[i])
 
 
 @jit_views
 def load(x, b, h, begin, size, out):
     """Rows of one chunk and head into scratch."""
-    wide_vectors()
-    width = x.shape[3]
+    time, heads, width = x.shape[1], x.shape[2], x.shape[3]
     for m in range(size):
-        row, o = x[b, begin + m, h], out[m]
-        for c in range(width):
-            o[c] = row[c]
+        copy_floats(x, ((b * time + begin + m) * heads + h) * width, out, m * out.shape[1], width)
+
+
+@jit_views
+def store(out, b, h, begin, size, x):
+    """Rows of scratch back to their chunk and head."""
+    time, heads, width = x.shape[1], x.shape[2], x.shape[3]
+    for m in range(size):
+        copy_floats(out, m * out.shape[1], x, ((b * time + begin + m) * heads + h) * width, width)
 
 
 @jit_views
@@ -104,15 +107,6 @@ def multiply_columns(x, factors, size):
         row = x[m]
         for c in range(x.shape[1]):
             row[c] *= factors[c]
-
-
-@jit_views
-def copy(x, size, out):
-    """out = x on the first rows of scratch."""
-    wide_vectors()
-    a, o = x.reshape(-1), out.reshape(-1)
-    for i in range(size * x.shape[1]):
-        o[i] = a[i]
 
 
 @jit_views

@@ -20,7 +20,9 @@ from torch import Tensor
 from tidegate.ops import kernels
 from tidegate.ops.kernels import (
     LANES,
+    copy_floats,
     jit,
+    jit_views,
     matmul,
     matmul_columns,
     matmul_into,
@@ -32,13 +34,13 @@ from tidegate.ops.linear_attention import parallel
 from tidegate.ops.linear_attention.chunk import (
     CHUNK,
     ZERO,
-    copy,
     decays,
     keep_lower,
     load,
     multiply,
     multiply_columns,
     plan,
+    store,
 )
 from tidegate.segments import Segments
 
@@ -46,198 +48,223 @@ from tidegate.segments import Segments
 # -- kernels -----------------------------------------------------------------------------------------------------------
 @jit
 def forward_kernel(begin, end, q, k, v, g, codes, state, scale, o, last):
-    wide_vectors()
     time, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     K, V = -(-keys // LANES) * LANES, -(-values // LANES) * LANES
-    one = np.float32(1.0)
-    begins, sizes = np.empty(time, np.int64), np.empty(time, np.int64)
-    e, inverse = np.ones((CHUNK, K), np.float32), np.ones((CHUNK, K), np.float32)
-    # The stored S lags behind: the true one is factor * S. It is applied where S is read and written anyway.
-    first, factor = np.ones(K, np.float32), np.ones(K, np.float32)
-    qs, ks = np.zeros((CHUNK, K), np.float32), np.zeros((CHUNK, K), np.float32)
-    reads = np.zeros((CHUNK, K), np.float32)
-    k_columns, scores = np.zeros((K, CHUNK), np.float32), np.zeros((CHUNK, CHUNK), np.float32)
-    vs, out = np.zeros((CHUNK, V), np.float32), np.zeros((CHUNK, V), np.float32)
-    S = np.zeros((K, V), np.float32)
+    chunks = np.empty((2, time), np.int64)
+    rows = np.zeros((5, CHUNK, K), np.float32)
+    vectors = np.ones((2, K), np.float32)
+    columns, scores = np.zeros((K, CHUNK), np.float32), np.zeros((CHUNK, CHUNK), np.float32)
+    values_, S = np.zeros((2, CHUNK, V), np.float32), np.zeros((K, V), np.float32)
     for problem in range(begin, end):
         b, h = problem // heads, problem % heads
-        for j in range(keys):
-            S[j, :values] = state[b, h, j]
-        factor[:] = one
-        chunks = plan(g, codes, b, h, begins, sizes, first)
-        for chunk in range(chunks):
-            t, size = begins[chunk], sizes[chunk]
-            rows = -(-size // 4) * 4
-            decays(g, b, h, t, size, e, inverse, first)
-            load(q, b, h, t, size, qs)
-            multiply(qs, e, scale, size)
-            load(k, b, h, t, size, ks)
-            multiply(ks, inverse, one, size)
-            load(v, b, h, t, size, vs)
-            if codes.shape[0] > 0 and codes[b, t] == 1:
-                factor[:] = ZERO
+        forward_problem(
+            b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows, vectors, columns, scores, values_, S
+        )
+
+
+@jit_views
+def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows, vectors, columns, scores, values_, S):
+    wide_vectors()
+    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    K, V = S.shape
+    one = np.float32(1.0)
+    begins, sizes = chunks[0], chunks[1]
+    e, inverse, qs, ks, reads = rows[0], rows[1], rows[2], rows[3], rows[4]
+    vs, out = values_[0], values_[1]
+    # The stored S lags behind: the true one is factor * S. It is applied where S is read and written anyway.
+    first, factor = vectors[0], vectors[1]
+    at = (b * heads + h) * keys * values
+    for j in range(keys):
+        copy_floats(state, at + j * values, S, j * V, values)
+    for j in range(K):
+        factor[j] = one
+    count = plan(g, codes, b, h, begins, sizes, first)
+    for chunk in range(count):
+        t, size = begins[chunk], sizes[chunk]
+        tall = -(-size // 4) * 4
+        decays(g, b, h, t, size, e, inverse, first)
+        load(q, b, h, t, size, qs)
+        multiply(qs, e, scale, size)
+        load(k, b, h, t, size, ks)
+        multiply(ks, inverse, one, size)
+        load(v, b, h, t, size, vs)
+        starts = codes.shape[0] > 0 and codes[b, t] == 1
+        for j in range(K):
+            factor[j] *= first[j]
+        if starts:
             for j in range(K):
-                factor[j] *= first[j]
-            copy(qs, size, reads)
-            multiply_columns(reads, factor, size)
-            matmul_into(reads, K, 1, S, out, rows, keys, V)
-            transpose(ks, CHUNK, K, k_columns)
-            matmul_into(qs, K, 1, k_columns, scores, rows, keys, CHUNK)
-            keep_lower(scores, size)
-            matmul(scores, CHUNK, 1, vs, out, rows, size, V)
-            matmul_rows(ks, 1, K, vs, S, K, size, V, factor)
-            closing = e[size - 1]
-            for j in range(K):
-                factor[j] = closing[j]
-            for m in range(size):
-                row, source = o[b, t + m, h], out[m]
-                for c in range(values):
-                    row[c] = source[c]
-        for j in range(keys):
-            row, source, f = last[b, h, j], S[j], factor[j]
-            for c in range(values):
-                row[c] = source[c] * f
+                factor[j] = ZERO
+        copy_floats(qs, 0, reads, 0, size * K)
+        multiply_columns(reads, factor, size)
+        matmul_into(reads, K, 1, S, out, tall, keys, V)
+        transpose(ks, CHUNK, K, columns)
+        matmul_into(qs, K, 1, columns, scores, tall, keys, CHUNK)
+        keep_lower(scores, size)
+        matmul(scores, CHUNK, 1, vs, out, tall, size, V)
+        matmul_rows(ks, 1, K, vs, S, K, size, V, factor)
+        copy_floats(e, (size - 1) * K, factor, 0, K)
+        store(out, b, h, t, size, o)
+    for j in range(keys):
+        row, f = S[j], factor[j]
+        for c in range(values):
+            row[c] *= f
+        copy_floats(S, j * V, last, at + j * values, values)
 
 
 @jit
 def backward_kernel(begin, end, q, k, v, g, codes, state, last, scale, do, dlast, dq, dk, dv, dg, dstate):
-    wide_vectors()
     time, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
-    channels = g.shape[3]
     K, V = -(-keys // LANES) * LANES, -(-values // LANES) * LANES
-    one = np.float32(1.0)
-    begins, sizes = np.empty(time, np.int64), np.empty(time, np.int64)
+    chunks = np.empty((2, time), np.int64)
     saved = np.empty((time, CHUNK), np.float32)  # tril(do v^T) of every chunk, from the first sweep for the second
-    e, inverse = np.ones((CHUNK, K), np.float32), np.ones((CHUNK, K), np.float32)
-    first, factor = np.ones(K, np.float32), np.ones(K, np.float32)
-    qs, ks = np.zeros((CHUNK, K), np.float32), np.zeros((CHUNK, K), np.float32)
-    q_rows, k_rows = np.zeros((CHUNK, K), np.float32), np.zeros((CHUNK, K), np.float32)
-    reads, grad = np.zeros((CHUNK, K), np.float32), np.zeros((CHUNK, K), np.float32)
-    vs, dos, dvs = np.zeros((CHUNK, V), np.float32), np.zeros((CHUNK, V), np.float32), np.zeros((CHUNK, V), np.float32)
-    v_columns, k_columns = np.zeros((V, CHUNK), np.float32), np.zeros((K, CHUNK), np.float32)
-    scores = np.zeros((CHUNK, CHUNK), np.float32)
-    S_T = np.zeros((V, K), np.float32)
-    R, R_T = np.zeros((K, V), np.float32), np.zeros((V, K), np.float32)
-    total = np.zeros(K, np.float32)
+    rows = np.zeros((8, CHUNK, K), np.float32)
+    vectors = np.ones((3, K), np.float32)
+    columns, scores = np.zeros((2, max(K, V), CHUNK), np.float32), np.zeros((CHUNK, CHUNK), np.float32)
+    values_ = np.zeros((3, CHUNK, V), np.float32)
+    S_T, R = np.zeros((V, K), np.float32), np.zeros((K, V), np.float32)
     for problem in range(begin, end):
         b, h = problem // heads, problem % heads
-        chunks = plan(g, codes, b, h, begins, sizes, first)
+        scratch = chunks, saved, rows, vectors, columns, scores, values_, S_T, R
+        gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch)
+        other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch)
 
-        # 1. Forward: the states again (transposed, so that rows run over keys), for dq.
-        for j in range(keys):
-            R[j, :values] = state[b, h, j]
-        transpose(R, K, V, S_T)
-        factor[:] = one
-        for chunk in range(chunks):
-            t, size = begins[chunk], sizes[chunk]
-            rows = -(-size // 4) * 4
-            decays(g, b, h, t, size, e, inverse, first)
-            load(k, b, h, t, size, ks)
-            multiply(ks, inverse, one, size)
-            load(v, b, h, t, size, vs)
-            load(do, b, h, t, size, dos)
-            if codes.shape[0] > 0 and codes[b, t] == 1:
-                factor[:] = ZERO
-            for j in range(K):
-                factor[j] *= first[j]
-            transpose(vs, CHUNK, V, v_columns)
-            matmul_into(dos, V, 1, v_columns, scores, rows, values, CHUNK)
-            keep_lower(scores, size)
-            for m in range(size):
-                row, source = saved[t + m], scores[m]
-                for n in range(CHUNK):
-                    row[n] = source[n]
-            matmul_into(dos, V, 1, S_T, grad, rows, values, K)
-            multiply_columns(grad, factor, size)
-            matmul(scores, CHUNK, 1, ks, grad, rows, size, K)
-            matmul_columns(vs, 1, V, ks, S_T, V, size, K, factor)
-            closing = e[size - 1]
-            for j in range(K):
-                factor[j] = closing[j]
-            multiply(grad, e, scale, size)
-            for m in range(size):
-                row, source = dq[b, t + m, h], grad[m]
-                for j in range(keys):
-                    row[j] = source[j]
 
-        # 2. Reverse: the gradient R of the state (both ways round), for dk, dv and the decay. R lags as S did.
-        for j in range(keys):
-            row, gradient, final = R[j], dlast[b, h, j], last[b, h, j]
-            sum_ = ZERO
-            for c in range(values):
-                row[c] = gradient[c]
-            for c in range(values):
-                sum_ += gradient[c] * final[c]
-            total[j] = sum_
-        transpose(R, K, V, R_T)
-        factor[:] = one
-        for chunk in range(chunks - 1, -1, -1):
-            t, size = begins[chunk], sizes[chunk]
-            rows = -(-size // 4) * 4
-            decays(g, b, h, t, size, e, inverse, first)
-            load(q, b, h, t, size, q_rows)
-            copy(q_rows, size, qs)
-            multiply(qs, e, scale, size)
-            load(k, b, h, t, size, k_rows)
-            copy(k_rows, size, ks)
-            multiply(ks, inverse, one, size)
-            load(v, b, h, t, size, vs)
-            load(do, b, h, t, size, dos)
-            closing = e[size - 1]
+@jit_views
+def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
+    """Forward: the states again, transposed so that rows run over keys."""
+    wide_vectors()
+    chunks, saved, rows, vectors, columns, scores, values_, S_T, R = scratch
+    heads, keys, values = k.shape[2], k.shape[3], v.shape[3]
+    K, V = R.shape
+    one = np.float32(1.0)
+    begins, sizes = chunks[0], chunks[1]
+    e, inverse, ks, grad = rows[0], rows[1], rows[2], rows[3]
+    vs, dos, v_columns = values_[0], values_[1], columns[0]
+    first, factor = vectors[0], vectors[1]
+    at = (b * heads + h) * keys * values
+    for j in range(keys):
+        copy_floats(state, at + j * values, R, j * V, values)
+    transpose(R, K, V, S_T)
+    for j in range(K):
+        factor[j] = one
+    count = plan(g, codes, b, h, begins, sizes, first)
+    for chunk in range(count):
+        t, size = begins[chunk], sizes[chunk]
+        tall = -(-size // 4) * 4
+        decays(g, b, h, t, size, e, inverse, first)
+        load(k, b, h, t, size, ks)
+        multiply(ks, inverse, one, size)
+        load(v, b, h, t, size, vs)
+        load(do, b, h, t, size, dos)
+        starts = codes.shape[0] > 0 and codes[b, t] == 1
+        for j in range(K):
+            factor[j] *= first[j]
+        if starts:
             for j in range(K):
-                factor[j] *= closing[j]
-            # dv = (k e^-G) R + A^T do
-            transpose(ks, CHUNK, K, k_columns)
-            matmul_into(qs, K, 1, k_columns, scores, rows, keys, CHUNK)
-            keep_lower(scores, size)
-            copy(ks, size, reads)
-            multiply_columns(reads, factor, size)
-            matmul_into(reads, K, 1, R, dvs, rows, keys, V)
-            matmul(scores, 1, CHUNK, dos, dvs, rows, size, V)
-            # dk = e^-G (v R^T + P^T (q e^G))
-            for m in range(size):
-                row, source = scores[m], saved[t + m]
-                for n in range(CHUNK):
-                    row[n] = source[n]
-            matmul_into(vs, V, 1, R_T, grad, rows, values, K)
-            multiply_columns(grad, factor, size)
-            matmul(scores, 1, CHUNK, qs, grad, rows, size, K)
-            multiply(grad, inverse, one, size)
-            # R before the chunk, but for its first token's decay
-            matmul_rows(qs, 1, K, dos, R, K, size, V, factor)
-            matmul_columns(dos, 1, V, qs, R_T, V, size, K, factor)
-            for m in range(size):
-                row, source = dv[b, t + m, h], dvs[m]
-                for c in range(values):
-                    row[c] = source[c]
-            for m in range(size):
-                row, source = dk[b, t + m, h], grad[m]
+                factor[j] = ZERO
+        transpose(vs, CHUNK, V, v_columns)
+        matmul_into(dos, V, 1, v_columns, scores, tall, values, CHUNK)
+        keep_lower(scores, size)
+        copy_floats(scores, 0, saved, t * CHUNK, size * CHUNK)
+        matmul_into(dos, V, 1, S_T, grad, tall, values, K)
+        multiply_columns(grad, factor, size)
+        matmul(scores, CHUNK, 1, ks, grad, tall, size, K)
+        matmul_columns(vs, 1, V, ks, S_T, V, size, K, factor)
+        copy_floats(e, (size - 1) * K, factor, 0, K)
+        multiply(grad, e, scale, size)
+        store(grad, b, h, t, size, dq)
+
+
+@jit_views
+def other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch):
+    """Reverse: the gradient R of the state, both ways round, for dk, dv and the decay. R lags as S did."""
+    wide_vectors()
+    chunks, saved, rows, vectors, columns, scores, values_, R_T, R = scratch
+    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    channels = g.shape[3]
+    K, V = R.shape
+    one = np.float32(1.0)
+    begins, sizes = chunks[0], chunks[1]
+    e, inverse, qs, ks, q_rows, k_rows, reads, grad = (
+        rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
+    )  # fmt: skip
+    vs, dos, dvs, k_columns = values_[0], values_[1], values_[2], columns[0]
+    first, factor, total = vectors[0], vectors[1], vectors[2]
+    at = (b * heads + h) * keys * values
+    for j in range(K):
+        total[j] = ZERO
+    for j in range(keys):
+        gradient, final = dlast[b, h, j], last[b, h, j]
+        sum_ = ZERO
+        for c in range(values):
+            sum_ += gradient[c] * final[c]
+        total[j] = sum_
+        copy_floats(dlast, at + j * values, R, j * V, values)
+    transpose(R, K, V, R_T)
+    for j in range(K):
+        factor[j] = one
+    count = plan(g, codes, b, h, begins, sizes, first)
+    for chunk in range(count - 1, -1, -1):
+        t, size = begins[chunk], sizes[chunk]
+        tall = -(-size // 4) * 4
+        decays(g, b, h, t, size, e, inverse, first)
+        load(q, b, h, t, size, q_rows)
+        copy_floats(q_rows, 0, qs, 0, size * K)
+        multiply(qs, e, scale, size)
+        load(k, b, h, t, size, k_rows)
+        copy_floats(k_rows, 0, ks, 0, size * K)
+        multiply(ks, inverse, one, size)
+        load(v, b, h, t, size, vs)
+        load(do, b, h, t, size, dos)
+        closing = e[size - 1]
+        for j in range(K):
+            factor[j] *= closing[j]
+        # dv = (k e^-G) R + A^T do
+        transpose(ks, CHUNK, K, k_columns)
+        matmul_into(qs, K, 1, k_columns, scores, tall, keys, CHUNK)
+        keep_lower(scores, size)
+        copy_floats(ks, 0, reads, 0, size * K)
+        multiply_columns(reads, factor, size)
+        matmul_into(reads, K, 1, R, dvs, tall, keys, V)
+        matmul(scores, 1, CHUNK, dos, dvs, tall, size, V)
+        store(dvs, b, h, t, size, dv)
+        # dk = e^-G (v R^T + P^T (q e^G))
+        copy_floats(saved, t * CHUNK, scores, 0, size * CHUNK)
+        matmul_into(vs, V, 1, R_T, grad, tall, values, K)
+        multiply_columns(grad, factor, size)
+        matmul(scores, 1, CHUNK, qs, grad, tall, size, K)
+        multiply(grad, inverse, one, size)
+        store(grad, b, h, t, size, dk)
+        # R before the chunk, but for its first token's decay
+        matmul_rows(qs, 1, K, dos, R, K, size, V, factor)
+        matmul_columns(dos, 1, V, qs, R_T, V, size, K, factor)
+        # dg = reverse cumulative sum of q dq - k dk
+        load(dq, b, h, t, size, reads)
+        multiply(q_rows, reads, one, size)
+        multiply(k_rows, grad, one, size)
+        for m in range(size - 1, -1, -1):
+            from_q, from_k = q_rows[m], k_rows[m]
+            for j in range(keys):
+                total[j] += from_q[j] - from_k[j]
+            if channels == 1:
+                sum_ = ZERO
                 for j in range(keys):
-                    row[j] = source[j]
-            starts = codes.shape[0] > 0 and codes[b, t] == 1
-            load(dq, b, h, t, size, reads)
-            multiply(q_rows, reads, one, size)
-            multiply(k_rows, grad, one, size)
-            for m in range(size - 1, -1, -1):
-                from_q, from_k = q_rows[m], k_rows[m]
-                for j in range(keys):
-                    total[j] += from_q[j] - from_k[j]
-                if channels == 1:
-                    dg[b, t + m, h, 0] = total[:keys].sum()
-                else:
-                    row = dg[b, t + m, h]
-                    for j in range(keys):
-                        row[j] = total[j]
+                    sum_ += total[j]
+                dg[b, t + m, h, 0] = sum_
+            else:
+                copy_floats(total, 0, dg, (((b * q.shape[1]) + t + m) * heads + h) * keys, keys)
+        copy_floats(first, 0, factor, 0, K)
+        if codes.shape[0] > 0 and codes[b, t] == 1:  # nothing came before: the first token's decay acted on zeros
+            for j in range(channels):
+                dg[b, t, h, j] = ZERO
             for j in range(K):
-                factor[j] = first[j]
-            if starts:  # nothing came before: the first token's decay acted on zeros
-                dg[b, t, h, :] = ZERO
-                factor[:] = ZERO
-                total[:] = ZERO
-        for j in range(keys):
-            row, source, f = dstate[b, h, j], R[j], factor[j]
-            for c in range(values):
-                row[c] = source[c] * f
+                factor[j] = ZERO
+                total[j] = ZERO
+    for j in range(keys):
+        row, f = R[j], factor[j]
+        for c in range(values):
+            row[c] *= f
+        copy_floats(R, j * V, dstate, at + j * values, values)
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
