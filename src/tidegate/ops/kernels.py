@@ -105,7 +105,7 @@ def exp32(x):
 
 @inline
 def exp_and_inverse(x):
-    """exp(x) and exp(-x) for |x| <= 87 in little more than the time of one: the parts of even and of odd order are shared.
+    """exp(x) and exp(-x) for |x| <= 87 in little more than the time of one: their even and odd parts are the same.
 
     x = n log 2 + r with |r| <= log(2) / 2. No range is checked; NaN gives NaN. Relative error 2e-7.
     """
@@ -244,33 +244,39 @@ _tiles = {
 }
 
 
-def _product(start: str):
+def _product(start: str, shape: str = "full"):
+    """The loop over tiles. `shape` of A: "full", or square "lower" or "upper" triangular, whose zeros are left out."""
     tile4, tile2, tile1 = _tiles[start]
     by_row, by_column = np.int64(start == "rows"), np.int64(start == "columns")
+    lower, upper = shape == "lower", shape == "upper"
 
     @inline
     def product(a, a_row, a_column, b, o, rows, inner, columns, factors):
         b_row = b.shape[1]
         o_row = o.shape[1]
         for m in range(0, rows, 4):
+            skip = m if upper else 0
+            count = min(inner, m + 4) if lower else inner - skip
+            a_at, b_at = m * a_row + skip * a_column, skip * b_row
             n = 0
             while LANES == 16 and n + 4 * LANES <= columns:  # AVX2 has too few registers for the widest tile
                 at = m * by_row + n * by_column
-                tile4(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                tile4(a, a_at, a_row, a_column, b, b_at + n, b_row, o, m * o_row + n, o_row, count, factors, at)
                 n += 4 * LANES
             while n + 2 * LANES <= columns:
                 at = m * by_row + n * by_column
-                tile2(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                tile2(a, a_at, a_row, a_column, b, b_at + n, b_row, o, m * o_row + n, o_row, count, factors, at)
                 n += 2 * LANES
             while n < columns:
                 at = m * by_row + n * by_column
-                tile1(a, m * a_row, a_row, a_column, b, n, b_row, o, m * o_row + n, o_row, inner, factors, at)
+                tile1(a, a_at, a_row, a_column, b, b_at + n, b_row, o, m * o_row + n, o_row, count, factors, at)
                 n += LANES
 
     return product
 
 
 _zero, _add, _rows, _columns = _product("zero"), _product("add"), _product("rows"), _product("columns")
+_lower, _upper = _product("add", "lower"), _product("add", "upper")
 
 
 @jit_views
@@ -282,6 +288,20 @@ def matmul(a, a_row, a_column, b, o, rows, inner, columns):
     """
     wide_vectors()
     _add(a, a_row, a_column, b, o, rows, inner, columns, a)
+
+
+@jit_views
+def matmul_lower(a, a_row, a_column, b, o, rows, inner, columns):
+    """As `matmul` for a square A that is zero above its diagonal."""
+    wide_vectors()
+    _lower(a, a_row, a_column, b, o, rows, inner, columns, a)
+
+
+@jit_views
+def matmul_upper(a, a_row, a_column, b, o, rows, inner, columns):
+    """As `matmul` for a square A that is zero below its diagonal, such as a lower one read transposed."""
+    wide_vectors()
+    _upper(a, a_row, a_column, b, o, rows, inner, columns, a)
 
 
 @jit_views
@@ -369,6 +389,35 @@ def copy_floats(typing_context, source, source_at, target, target_at, count):
         return context.get_dummy_value()
 
     return signature, generate
+
+
+@intrinsic
+def _prefetch(typing_context, x, at):
+    signature = types.void(x, types.intp)
+
+    def generate(context, builder, signature, arguments):
+        base = arrayobj.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        place = builder.bitcast(builder.gep(base, [arguments[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, number(0), number(3), number(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@jit_views
+def prefetch(x, b, begin, end, h):
+    """Ask for x[b, begin:end, h] (float32, contiguous) ahead of time.
+
+    Rows of one head lie a stride apart, which the machine's own prefetcher does not follow.
+    """
+    time, heads, width = x.shape[1], x.shape[2], x.shape[3]
+    for t in range(begin, min(end, time)):
+        at = ((b * time + t) * heads + h) * width
+        for c in range(0, width, 16):  # a cache line
+            _prefetch(x, at + c)
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------

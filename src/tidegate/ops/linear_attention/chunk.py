@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import copy_floats, exp32, exp_and_inverse, jit_views, wide_vectors
+from tidegate.ops.kernels import copy_floats, exp32, exp_and_inverse, jit_views, prefetch, wide_vectors
 
 CHUNK = 16
 STRONGEST = np.float32(-40.0)
@@ -12,49 +12,53 @@ ZERO = np.float32(0.0)
 
 
 @jit_views
-def plan(g, codes, b, h, begins, sizes, total):
-    """Chunk boundaries of one problem: token index and length of each chunk. Padding belongs to none."""
+def next_chunk(g, codes, b, h, t, logs):
+    """Tokens in the chunk that begins at t; `logs` gets their cumulative log decay, from 0 at the first one."""
     time, channels = g.shape[1], g.shape[3]
-    chunks, t = 0, 0
-    while t < time:
-        if codes.shape[0] > 0 and codes[b, t] == 2:
-            t += 1
-            continue
-        begins[chunks] = t
+    prefetch(g, b, t + 2 * CHUNK, t + 3 * CHUNK, h)
+    now = logs[0]
+    for c in range(channels):
+        now[c] = ZERO
+    end = min(time, t + CHUNK)
+    for m in range(1, end - t):
+        if codes.shape[0] > 0 and codes[b, t + m] != 0:
+            return m
+        before, now, row = logs[m - 1], logs[m], g[b, t + m, h]
+        strong = 0
         for c in range(channels):
-            total[c] = ZERO
-        t += 1
-        while t < time and t - begins[chunks] < CHUNK:
-            if codes.shape[0] > 0 and codes[b, t] != 0:
-                break
-            row = g[b, t, h]
-            strong = 0
-            for c in range(channels):
-                total[c] += row[c]
-                strong += total[c] < STRONGEST
-            if strong:
-                break
-            t += 1
-        sizes[chunks] = t - begins[chunks]
-        chunks += 1
-    return chunks
+            now[c] = before[c] + row[c]
+            strong += now[c] < STRONGEST
+        if strong:
+            return m
+    return end - t
 
 
 @jit_views
-def decays(g, b, h, begin, size, e, inverse, first):
-    """e = exp(G), its inverse, and the first token's own decay, for one chunk; per key or broadcast from one."""
+def cumulate(g, b, h, t, size, logs):
+    """What `next_chunk` leaves in `logs`, for a chunk whose size is known."""
+    channels = g.shape[3]
+    now = logs[0]
+    for c in range(channels):
+        now[c] = ZERO
+    for m in range(1, size):
+        before, now, row = logs[m - 1], logs[m], g[b, t + m, h]
+        for c in range(channels):
+            now[c] = before[c] + row[c]
+
+
+@jit_views
+def decays(g, b, h, t, size, e, inverse, first):
+    """e = exp(G) from G, its inverse, and the first token's own decay; per key channel or broadcast from one."""
     wide_vectors()
     channels, keys = g.shape[3], e.shape[1]
-    row = g[b, begin, h]
+    row = g[b, t, h]
     if channels == 1:
-        total = ZERO
-        first[:] = exp32(row[0])
+        x = exp32(row[0])
+        for c in range(keys):
+            first[c] = x
         for m in range(size):
-            if m > 0:
-                total += g[b, begin + m, h, 0]
-            x = exp32(total)
-            y = np.float32(1.0) / x
             em, im = e[m], inverse[m]
+            x, y = exp_and_inverse(em[0])
             for c in range(keys):
                 em[c] = x
             for c in range(keys):
@@ -62,13 +66,6 @@ def decays(g, b, h, begin, size, e, inverse, first):
         return
     for c in range(channels):
         first[c] = exp32(row[c])
-    e0 = e[0]
-    for c in range(channels):
-        e0[c] = ZERO
-    for m in range(1, size):
-        row, em, before = g[b, begin + m, h], e[m], e[m - 1]
-        for c in range(channels):
-            em[c] = before[c] + row[c]
     flat, flat_inverse = e.reshape(-1), inverse.reshape(-1)
     for i in range(size * keys):
         flat[i], flat_inverse[i] = exp_and_inverse(flat[i])

@@ -23,10 +23,12 @@ from tidegate.ops.kernels import (
     copy_floats,
     jit,
     jit_views,
-    matmul,
     matmul_columns,
     matmul_into,
+    matmul_lower,
     matmul_rows,
+    matmul_upper,
+    prefetch,
     transpose,
     wide_vectors,
 )
@@ -34,12 +36,13 @@ from tidegate.ops.linear_attention import parallel
 from tidegate.ops.linear_attention.chunk import (
     CHUNK,
     ZERO,
+    cumulate,
     decays,
     keep_lower,
     load,
     multiply,
     multiply_columns,
-    plan,
+    next_chunk,
     store,
 )
 from tidegate.segments import Segments
@@ -48,28 +51,24 @@ from tidegate.segments import Segments
 # -- kernels -----------------------------------------------------------------------------------------------------------
 @jit
 def forward_kernel(begin, end, q, k, v, g, codes, state, scale, o, last):
-    time, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
+    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
     K, V = -(-keys // LANES) * LANES, -(-values // LANES) * LANES
-    chunks = np.empty((2, time), np.int64)
-    rows = np.zeros((5, CHUNK, K), np.float32)
+    rows = np.zeros((4, CHUNK, K), np.float32)
     vectors = np.ones((2, K), np.float32)
     columns, scores = np.zeros((K, CHUNK), np.float32), np.zeros((CHUNK, CHUNK), np.float32)
     values_, S = np.zeros((2, CHUNK, V), np.float32), np.zeros((K, V), np.float32)
     for problem in range(begin, end):
         b, h = problem // heads, problem % heads
-        forward_problem(
-            b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows, vectors, columns, scores, values_, S
-        )
+        forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, rows, vectors, columns, scores, values_, S)
 
 
 @jit_views
-def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows, vectors, columns, scores, values_, S):
+def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, rows, vectors, columns, scores, values_, S):
     wide_vectors()
-    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
+    time, heads, keys, values = q.shape[1], q.shape[2], q.shape[3], v.shape[3]
     K, V = S.shape
     one = np.float32(1.0)
-    begins, sizes = chunks[0], chunks[1]
-    e, inverse, qs, ks, reads = rows[0], rows[1], rows[2], rows[3], rows[4]
+    e, inverse, qs, ks = rows[0], rows[1], rows[2], rows[3]
     vs, out = values_[0], values_[1]
     # The stored S lags behind: the true one is factor * S. It is applied where S is read and written anyway.
     first, factor = vectors[0], vectors[1]
@@ -78,10 +77,18 @@ def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows
         copy_floats(state, at + j * values, S, j * V, values)
     for j in range(K):
         factor[j] = one
-    count = plan(g, codes, b, h, begins, sizes, first)
-    for chunk in range(count):
-        t, size = begins[chunk], sizes[chunk]
+    t = 0
+    while t < time:
+        if codes.shape[0] > 0 and codes[b, t] == 2:
+            t += 1
+            continue
+        size = next_chunk(g, codes, b, h, t, e)
         tall = -(-size // 4) * 4
+        ahead, beyond = t + 2 * CHUNK, t + 3 * CHUNK
+        prefetch(q, b, ahead, beyond, h)
+        prefetch(k, b, ahead, beyond, h)
+        prefetch(v, b, ahead, beyond, h)
+        prefetch(o, b, ahead, beyond, h)
         decays(g, b, h, t, size, e, inverse, first)
         load(q, b, h, t, size, qs)
         multiply(qs, e, scale, size)
@@ -94,16 +101,16 @@ def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, chunks, rows
         if starts:
             for j in range(K):
                 factor[j] = ZERO
-        copy_floats(qs, 0, reads, 0, size * K)
-        multiply_columns(reads, factor, size)
-        matmul_into(reads, K, 1, S, out, tall, keys, V)
         transpose(ks, CHUNK, K, columns)
         matmul_into(qs, K, 1, columns, scores, tall, keys, CHUNK)
         keep_lower(scores, size)
-        matmul(scores, CHUNK, 1, vs, out, tall, size, V)
+        multiply_columns(qs, factor, size)
+        matmul_into(qs, K, 1, S, out, tall, keys, V)
+        matmul_lower(scores, CHUNK, 1, vs, out, tall, size, V)
         matmul_rows(ks, 1, K, vs, S, K, size, V, factor)
         copy_floats(e, (size - 1) * K, factor, 0, K)
         store(out, b, h, t, size, o)
+        t += size
     for j in range(keys):
         row, f = S[j], factor[j]
         for c in range(values):
@@ -125,16 +132,16 @@ def backward_kernel(begin, end, q, k, v, g, codes, state, last, scale, do, dlast
     for problem in range(begin, end):
         b, h = problem // heads, problem % heads
         scratch = chunks, saved, rows, vectors, columns, scores, values_, S_T, R
-        gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch)
-        other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch)
+        count = gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch)
+        other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch)
 
 
 @jit_views
 def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
-    """Forward: the states again, transposed so that rows run over keys."""
+    """Forward: the states again, transposed so that rows run over keys. Notes the chunks and returns how many."""
     wide_vectors()
     chunks, saved, rows, vectors, columns, scores, values_, S_T, R = scratch
-    heads, keys, values = k.shape[2], k.shape[3], v.shape[3]
+    time, heads, keys, values = k.shape[1], k.shape[2], k.shape[3], v.shape[3]
     K, V = R.shape
     one = np.float32(1.0)
     begins, sizes = chunks[0], chunks[1]
@@ -147,10 +154,20 @@ def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
     transpose(R, K, V, S_T)
     for j in range(K):
         factor[j] = one
-    count = plan(g, codes, b, h, begins, sizes, first)
-    for chunk in range(count):
-        t, size = begins[chunk], sizes[chunk]
+    t = count = 0
+    while t < time:
+        if codes.shape[0] > 0 and codes[b, t] == 2:
+            t += 1
+            continue
+        size = next_chunk(g, codes, b, h, t, e)
+        begins[count], sizes[count] = t, size
+        count += 1
         tall = -(-size // 4) * 4
+        ahead, beyond = t + 2 * CHUNK, t + 3 * CHUNK
+        prefetch(k, b, ahead, beyond, h)
+        prefetch(v, b, ahead, beyond, h)
+        prefetch(do, b, ahead, beyond, h)
+        prefetch(dq, b, ahead, beyond, h)
         decays(g, b, h, t, size, e, inverse, first)
         load(k, b, h, t, size, ks)
         multiply(ks, inverse, one, size)
@@ -168,15 +185,17 @@ def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
         copy_floats(scores, 0, saved, t * CHUNK, size * CHUNK)
         matmul_into(dos, V, 1, S_T, grad, tall, values, K)
         multiply_columns(grad, factor, size)
-        matmul(scores, CHUNK, 1, ks, grad, tall, size, K)
+        matmul_lower(scores, CHUNK, 1, ks, grad, tall, size, K)
         matmul_columns(vs, 1, V, ks, S_T, V, size, K, factor)
         copy_floats(e, (size - 1) * K, factor, 0, K)
         multiply(grad, e, scale, size)
         store(grad, b, h, t, size, dq)
+        t += size
+    return count
 
 
 @jit_views
-def other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch):
+def other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch):
     """Reverse: the gradient R of the state, both ways round, for dk, dv and the decay. R lags as S did."""
     wide_vectors()
     chunks, saved, rows, vectors, columns, scores, values_, R_T, R = scratch
@@ -203,10 +222,17 @@ def other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv,
     transpose(R, K, V, R_T)
     for j in range(K):
         factor[j] = one
-    count = plan(g, codes, b, h, begins, sizes, first)
     for chunk in range(count - 1, -1, -1):
         t, size = begins[chunk], sizes[chunk]
         tall = -(-size // 4) * 4
+        ahead, beyond = max(0, t - 2 * CHUNK), t - CHUNK
+        prefetch(q, b, ahead, beyond, h)
+        prefetch(k, b, ahead, beyond, h)
+        prefetch(v, b, ahead, beyond, h)
+        prefetch(do, b, ahead, beyond, h)
+        prefetch(dq, b, ahead, beyond, h)
+        prefetch(g, b, ahead, beyond, h)
+        cumulate(g, b, h, t, size, e)
         decays(g, b, h, t, size, e, inverse, first)
         load(q, b, h, t, size, q_rows)
         copy_floats(q_rows, 0, qs, 0, size * K)
@@ -226,13 +252,13 @@ def other_gradients(b, h, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv,
         copy_floats(ks, 0, reads, 0, size * K)
         multiply_columns(reads, factor, size)
         matmul_into(reads, K, 1, R, dvs, tall, keys, V)
-        matmul(scores, 1, CHUNK, dos, dvs, tall, size, V)
+        matmul_upper(scores, 1, CHUNK, dos, dvs, tall, size, V)
         store(dvs, b, h, t, size, dv)
         # dk = e^-G (v R^T + P^T (q e^G))
         copy_floats(saved, t * CHUNK, scores, 0, size * CHUNK)
         matmul_into(vs, V, 1, R_T, grad, tall, values, K)
         multiply_columns(grad, factor, size)
-        matmul(scores, 1, CHUNK, qs, grad, tall, size, K)
+        matmul_upper(scores, 1, CHUNK, qs, grad, tall, size, K)
         multiply(grad, inverse, one, size)
         store(grad, b, h, t, size, dk)
         # R before the chunk, but for its first token's decay
