@@ -101,9 +101,6 @@ def tidegate(
 
 def main() -> None:
     """Entry point of the `tidegate` script."""
-    # PyTorch takes large tensors from the system afresh each time; in huge pages that costs half as much (measured: an
-    # addition of 64 MB tensors 46 instead of 75 ms). It looks at this variable once, when it first allocates.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(prog_name="tidegate")
     except KeyboardInterrupt:  # before a command had begun

@@ -401,7 +401,7 @@ def _prefetch(typing_context, x, at):
         place = builder.bitcast(builder.gep(base, [arguments[1]]), byte)
         kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, number(0), number(3), number(1)])  # to read, into all caches, data
+        builder.call(function, [place, number(0), number(2), number(1)])  # to read, into the second-level cache, data
         return context.get_dummy_value()
 
     return signature, generate

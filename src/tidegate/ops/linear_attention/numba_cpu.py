@@ -232,6 +232,9 @@ def other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, 
         prefetch(do, b, ahead, beyond, h)
         prefetch(dq, b, ahead, beyond, h)
         prefetch(g, b, ahead, beyond, h)
+        prefetch(dk, b, ahead, beyond, h)
+        prefetch(dv, b, ahead, beyond, h)
+        prefetch(dg, b, ahead, beyond, h)
         cumulate(g, b, h, t, size, e)
         decays(g, b, h, t, size, e, inverse, first)
         load(q, b, h, t, size, q_rows)
@@ -269,16 +272,17 @@ def other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, 
         multiply(q_rows, reads, one, size)
         multiply(k_rows, grad, one, size)
         for m in range(size - 1, -1, -1):
-            from_q, from_k = q_rows[m], k_rows[m]
-            for j in range(keys):
-                total[j] += from_q[j] - from_k[j]
+            now, from_k = q_rows[m], k_rows[m]
+            for j in range(K):
+                total[j] += now[j] - from_k[j]
+            copy_floats(total, 0, q_rows, m * K, K)
             if channels == 1:
                 sum_ = ZERO
                 for j in range(keys):
-                    sum_ += total[j]
+                    sum_ += now[j]
                 dg[b, t + m, h, 0] = sum_
-            else:
-                copy_floats(total, 0, dg, (((b * q.shape[1]) + t + m) * heads + h) * keys, keys)
+        if channels > 1:
+            store(q_rows, b, h, t, size, dg)
         copy_floats(first, 0, factor, 0, K)
         if codes.shape[0] > 0 and codes[b, t] == 1:  # nothing came before: the first token's decay acted on zeros
             for j in range(channels):
