@@ -27,7 +27,7 @@ class Timing:
 
 
 def interleaved(
-    calls: Sequence[Callable[[], Any]], repetitions: int = 7, *, shortest: float = 0.05, patience: float = 5.0
+    calls: Sequence[Callable[[], Any]], repetitions: int = 7, *, shortest: float = 0.1, patience: float = 5.0
 ) -> list[Timing]:
     """Time every call, one after the other in rounds, so that a busy moment of the machine hits all of them alike.
 

@@ -97,7 +97,7 @@ def inverse_softplus(x: Tensor) -> Tensor:
 
 
 def log_uniform_steps(*shape: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:
-    """Bias under a softplus whose value is a time step drawn log-uniformly from [low, high] (Mamba, arXiv 2312.00752)."""
+    """Bias under a softplus whose value is a time step, log-uniform in [low, high] (Mamba, arXiv 2312.00752)."""
     steps = torch.exp(torch.rand(*shape) * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=floor)
     return inverse_softplus(steps)
 

@@ -12,30 +12,8 @@ ZERO = np.float32(0.0)
 
 
 @jit_views
-def next_chunk(g, codes, b, h, t, logs):
-    """Tokens in the chunk that begins at t; `logs` gets their cumulative log decay, from 0 at the first one."""
-    time, channels = g.shape[1], g.shape[3]
-    prefetch(g, b, t + 2 * CHUNK, t + 3 * CHUNK, h)
-    now = logs[0]
-    for c in range(channels):
-        now[c] = ZERO
-    end = min(time, t + CHUNK)
-    for m in range(1, end - t):
-        if codes.shape[0] > 0 and codes[b, t + m] != 0:
-            return m
-        before, now, row = logs[m - 1], logs[m], g[b, t + m, h]
-        strong = 0
-        for c in range(channels):
-            now[c] = before[c] + row[c]
-            strong += now[c] < STRONGEST
-        if strong:
-            return m
-    return end - t
-
-
-@jit_views
 def cumulate(g, b, h, t, size, logs):
-    """What `next_chunk` leaves in `logs`, for a chunk whose size is known."""
+    """`logs` gets the cumulative log decay of a chunk's tokens, from 0 at the first one."""
     channels = g.shape[3]
     now = logs[0]
     for c in range(channels):
@@ -44,6 +22,28 @@ def cumulate(g, b, h, t, size, logs):
         before, now, row = logs[m - 1], logs[m], g[b, t + m, h]
         for c in range(channels):
             now[c] = before[c] + row[c]
+
+
+@jit_views
+def next_chunk(g, codes, b, h, t, logs):
+    """Tokens in the chunk that begins at t; `logs` gets their cumulative log decay."""
+    time, channels = g.shape[1], g.shape[3]
+    prefetch(g, b, t + 2 * CHUNK, t + 3 * CHUNK, h)
+    size = min(time - t, CHUNK)
+    if codes.shape[0] > 0:
+        for m in range(1, size):
+            if codes[b, t + m] != 0:
+                size = m
+                break
+    cumulate(g, b, h, t, size, logs)
+    while size > 1:  # decays only add up, so the last row is the strongest: mostly one look is enough
+        last, strong = logs[size - 1], 0
+        for c in range(channels):
+            strong += last[c] < STRONGEST
+        if strong == 0:
+            break
+        size -= 1
+    return size
 
 
 @jit_views
