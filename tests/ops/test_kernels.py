@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tidegate.ops import kernels
-from tidegate.ops.kernels import LANES, array, exp32, jit, matmul, pad
+from tidegate.ops import kernels, matrix
+from tidegate.ops.kernels import LANES, array, exp32, jit, pad
+from tidegate.ops.matrix import matmul
 
 
 @jit
@@ -89,9 +90,9 @@ def test_the_other_starts_of_a_product(inner, vectors):
     rows, columns = random.standard_normal(8).astype(np.float32), random.standard_normal(len(b[0])).astype(np.float32)
     arguments = (8, inner, vectors * LANES)
     for start, expected, function, factors in [
-        (np.full_like(before, np.nan), a @ b, kernels.matmul_into, ()),
-        (before.copy(), rows[:, None] * before + a @ b, kernels.matmul_rows, (rows,)),
-        (before.copy(), columns * before + a @ b, kernels.matmul_columns, (columns,)),
+        (np.full_like(before, np.nan), a @ b, matrix.matmul_into, ()),
+        (before.copy(), rows[:, None] * before + a @ b, matrix.matmul_rows, (rows,)),
+        (before.copy(), columns * before + a @ b, matrix.matmul_columns, (columns,)),
     ]:
         function(a, inner, 1, b, start, *arguments, *factors)
         np.testing.assert_allclose(start, expected, rtol=0, atol=1e-5)
@@ -101,7 +102,7 @@ def test_the_other_starts_of_a_product(inner, vectors):
 def test_transpose(rows, columns):
     x = np.random.default_rng(0).standard_normal((pad(rows), pad(columns))).astype(np.float32)
     o = np.full((pad(columns), pad(rows)), np.nan, np.float32)
-    kernels.transpose(x, rows, columns, o)
+    matrix.transpose(x, rows, columns, o)
     np.testing.assert_array_equal(o, x.T)
 
 

@@ -107,8 +107,9 @@ def test_our_own_pool_grows(monkeypatch):
         assert threads._pool._max_workers == wanted - 1
 
 
-def test_pytorch_s_openmp_library_is_found_on_linux():
+def test_pytorch_s_openmp_library_is_found_on_linux(monkeypatch):
     """A Linux wheel brings GNU OpenMP; should that change, kernels fall back to a slower pool and we want to know."""
+    monkeypatch.setattr(threads, "_openmp", None)
     if sys.platform == "linux" and "OpenMP" in torch.__config__.parallel_info():
         assert threads._find_openmp()
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import exp32, jit_views, matmul, matmul_into, transpose, wide_vectors
+from tidegate.ops.kernels import exp32, jit_views, wide_vectors
+from tidegate.ops.matrix import clear, copy, matmul, matmul_into, transpose
 
 C = 16
 LIMIT = np.float32(-40.0)
@@ -29,24 +30,6 @@ ZERO = np.float32(0.0)
 QAX, QAP, KM, KE, P, INVERSE = 0, 1, 2, 3, 4, 5
 STACKS = 6
 FIRST, WHOLE = 2 * C - 1, 2 * C - 2
-
-
-@jit_views
-def clear(x, begin, end):
-    """x[begin:end] = 0. (A slice assignment would do, at ten times the compilation.)"""
-    for m in range(begin, end):
-        row = x[m]
-        for c in range(row.shape[0]):
-            row[c] = ZERO
-
-
-@jit_views
-def copy(x, o, rows, columns):
-    """o[:rows, :columns] = x[:rows, :columns]."""
-    for m in range(rows):
-        source, target = x[m], o[m]
-        for c in range(columns):
-            target[c] = source[c]
 
 
 @jit_views

@@ -23,8 +23,6 @@ from tidegate.ops.delta.chunk import (
     WHOLE,
     C,
     P,
-    clear,
-    copy,
     gather,
     load_rows,
     load_values,
@@ -37,7 +35,8 @@ from tidegate.ops.delta.chunk import (
     store_decay_gradient,
     store_gradients,
 )
-from tidegate.ops.kernels import jit, jit_views, matmul, matmul_into, matmul_rows, transpose
+from tidegate.ops.kernels import jit, jit_views
+from tidegate.ops.matrix import clear, copy, matmul, matmul_into, matmul_rows, transpose
 from tidegate.segments import Segments
 
 BLOCK = 4  # chunks between two kept states

@@ -62,7 +62,7 @@ def linear_attention(
     return o.to(dtype), state
 
 
-def _dispatch(q, k, v, log_decay, scale, state, segments):  # type: ignore[no-untyped-def]
+def _dispatch(q, k, v, log_decay, scale, state, segments):
     """log_decay is None or (B, T, H, 1 or K) from here on."""
     chosen = choose(q)
     if chosen == "numba":
@@ -73,7 +73,7 @@ def _dispatch(q, k, v, log_decay, scale, state, segments):  # type: ignore[no-un
     return form.linear_attention(q, k, v, log_decay, scale, state, segments)
 
 
-def _read_before_write(q, k, v, log_decay, scale, state, segments, bonus):  # type: ignore[no-untyped-def]
+def _read_before_write(q, k, v, log_decay, scale, state, segments, bonus):
     """o_t reads S_{t-1}: hand every query to the token before it, and its answer back.
 
     The kernels then need no second mode. A document's first token reads zeros; the row's first token, where it
@@ -101,7 +101,7 @@ def _read_before_write(q, k, v, log_decay, scale, state, segments, bonus):  # ty
     return o.to(q.dtype), last
 
 
-def _check(q, k, v, log_decay, state, bonus, read_before_write) -> tuple[int, int, int, int]:  # type: ignore[no-untyped-def]
+def _check(q, k, v, log_decay, state, bonus, read_before_write) -> tuple[int, int, int, int]:
     if q.ndim != 4:
         raise ValueError(f"q: seen shape {tuple(q.shape)}, wanted (batch, time, heads, key dim)")
     if q.shape[1] == 0:

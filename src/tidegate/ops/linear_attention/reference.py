@@ -25,7 +25,7 @@ def linear_attention(
     starts = torch.zeros_like(q[:, :, 0, 0], dtype=torch.bool) if segments is None else segments.starts
     valid = ~starts if segments is None else segments.valid
 
-    def step(carry, q, k, v, g, start, real):  # type: ignore[no-untyped-def]
+    def step(carry, q, k, v, g, start, real):
         (before,) = carry
         fresh = torch.where(start[:, None, None, None], torch.zeros_like(before), before)
         # 1. forget   2. write   3. read
