@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from tidegate.memory import keep_freed_memory
+
 # command -> the function in tidegate.cli.<command>
 COMMANDS = {
     "train": "train",
@@ -97,6 +99,7 @@ def tidegate(
     ] = False,
 ) -> None:
     """Train, stream and examine recurrent sequence models on an ordinary CPU."""
+    keep_freed_memory()
 
 
 def main() -> None:

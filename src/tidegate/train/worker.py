@@ -10,12 +10,14 @@ from pathlib import Path
 
 def main() -> None:
     """Train as the rank that the argument names; an error ends in one line and exit code 1."""
+    from tidegate.memory import keep_freed_memory
     from tidegate.tasks.language.data import open_corpus
     from tidegate.train.fit import fit
     from tidegate.train.module import Diverged
     from tidegate.train.processes import Place
     from tidegate.train.recipe import Recipe
 
+    keep_freed_memory()
     content = json.loads(sys.argv[1])
     place = Place(content["rank"], content["world"], content["port"])
     folder, checkpoint = Path(content["folder"]), content["checkpoint"]
