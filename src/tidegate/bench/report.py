@@ -69,22 +69,33 @@ def write_lengths(path: Path, measurements: Sequence[Measurement], title: str) -
     """A picture of the time per token against the length, forward beside forward and backward, on logarithmic axes."""
     figure, panels = _figure(2)
     for panel, phase in zip(panels, ("forward", "forward and backward"), strict=True):
-        for name in dict.fromkeys(m.name for m in measurements):
+        for index, name in enumerate(dict.fromkeys(m.name for m in measurements)):
             own = [m for m in measurements if m.name == name]
             seconds = [m.forward_per_token if phase == "forward" else m.training_per_token for m in own]
-            panel.plot([m.length for m in own], [1e9 * s for s in seconds], marker="o", markersize=3, label=name)
+            panel.plot([m.length for m in own], [1e9 * s for s in seconds], label=name, **_style(index))
         _label(panel, phase, "length T (tokens)", "time per token (ns)", sorted({m.length for m in measurements}))
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title)
     _save(figure, path)
 
 
+def _style(index: int) -> dict[str, Any]:
+    """Ten colours; the second ten lines are dashed."""
+    dashed = index >= 10
+    return {
+        "color": f"C{index % 10}",
+        "linestyle": "--" if dashed else "-",
+        "marker": "s" if dashed else "o",
+        "markersize": 3,
+    }
+
+
 def write_decode(path: Path, results: Sequence[Decode], title: str) -> None:
     """A picture of the time for one token against the number of tokens before it."""
     figure, panels = _figure(1)
-    for name in dict.fromkeys(r.name for r in results):
+    for index, name in enumerate(dict.fromkeys(r.name for r in results)):
         own = [r for r in results if r.name == name]
-        panels[0].plot([r.context for r in own], [1e6 * r.step.median for r in own], marker="o", label=name)
+        panels[0].plot([r.context for r in own], [1e6 * r.step.median for r in own], label=name, **_style(index))
     contexts = sorted({r.context for r in results})
     _label(panels[0], "", "tokens before this one", "time for one token (µs)", contexts)
     panels[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
