@@ -184,3 +184,21 @@ def test_bad_input_is_explained(change, message):
     good = {"q": torch.zeros(1, 4, 2, 4), "k": torch.zeros(1, 4, 2, 4), "v": torch.zeros(1, 4, 2, 3)}
     with pytest.raises(ValueError, match=message):
         linear_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize("backend", ["reference", "parallel", "numba"])
+def test_a_document_start_drops_whatever_the_state_was(backend):
+    q, k, v, g, state, _ = (x.detach().float() for x in make_inputs(20, "key"))
+    segments = Segments.packed([[7, 13]] * B)
+    with tidegate.backend(backend):
+        clean, _ = linear_attention(q, k, v, g, segments=segments)
+        spoilt, last = linear_attention(q, k, v, g, state=torch.full_like(state, torch.inf), segments=segments)
+    assert torch.equal(clean, spoilt)
+    assert last.isfinite().all()
+
+
+def test_an_empty_batch_is_an_empty_answer():
+    q = torch.zeros(0, 5, 2, 4)
+    o, last = linear_attention(q, q, q)
+    assert o.shape == (0, 5, 2, 4)
+    assert last.shape == (0, 2, 4, 4)

@@ -303,3 +303,9 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=match):
             scan(*arguments, **options)
+
+
+def test_an_empty_batch_is_an_empty_answer():
+    h, state = scan(torch.ones(3), torch.ones(0, 4, 3))
+    assert h.shape == (0, 4, 3)
+    assert state.shape == (0, 3)

@@ -45,13 +45,17 @@ def list_mixers(
 def _row(info: Any, dim: int) -> dict[str, Any]:
     from tidegate.bench import mixers
 
+    try:
+        cost = mixers.cost(info.name, dim)
+    except ValueError as error:
+        raise ValueError(f"--dim {dim}: {info.name} cannot have that width ({error}); try 64 or 256") from None
     return {
         "name": info.name,
         "family": info.family,
         "paper": info.paper,
         "title": info.title,
         "arxiv": info.arxiv,
-        **dataclasses.asdict(mixers.cost(info.name, dim)),
+        **dataclasses.asdict(cost),
         "exceptions": dict(info.exceptions),
     }
 

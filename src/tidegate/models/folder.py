@@ -66,6 +66,8 @@ def load_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: does not fit {CONFIG} beside it: {problems}")
     if meta.get("config", _digest(config.read_text())) != _digest(config.read_text()):
         raise ValueError(f"{path}: was saved with another {CONFIG} than the one beside it; restore the pair")
+    if bad := [name for name, tensor in saved.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{path}: {bad[0]} holds NaN or infinity; the file was altered, restore it from a copy")
     model.load_state_dict(saved, assign=True)
 
 

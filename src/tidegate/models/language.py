@@ -146,7 +146,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"segments: made for (batch, time) = {segments.shape}, but ids are {tuple(ids.shape)}")
             ids = segments.zero_padding(ids)
         traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if ids.device.type == "cpu" and not traced:
+        if ids.device.type == "cpu" and ids.numel() and not traced:
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
                 wrong = low if low < 0 else high

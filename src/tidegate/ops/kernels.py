@@ -70,8 +70,8 @@ def block(columns: int, rows: int) -> int:
 
     A multiple of 256, so that it makes no difference to any column's arithmetic where the blocks end.
     """
-    pieces = -(-torch.get_num_threads() // rows)
-    return min(1024, -(-columns // (256 * pieces)) * 256)
+    pieces = -(-torch.get_num_threads() // max(1, rows))
+    return min(1024, -(-max(1, columns) // (256 * pieces)) * 256)
 
 
 def array(tensor: Tensor) -> np.ndarray:

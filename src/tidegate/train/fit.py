@@ -79,7 +79,15 @@ def fit(
             default_root_dir=folder,
         )
         with _interruptible():
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+            except RuntimeError as error:
+                if checkpoint is None or "state_dict" not in str(error):
+                    raise
+                raise ValueError(
+                    f"{folder / 'recipe.yaml'}: does not describe the model in {checkpoint.name}; restore the recipe "
+                    "that the run was started with"
+                ) from None
     return Fitted(
         trainer.global_step, data.first_step, speed.tokens_per_second, evaluation.stopped_early, evaluation.best_step
     )

@@ -22,7 +22,6 @@ from tidegate.ops.kernels import LANES, copy_floats, jit, jit_views, prefetch, w
 from tidegate.ops.linear_attention import parallel
 from tidegate.ops.linear_attention.chunk import (
     CHUNK,
-    ZERO,
     decays,
     keep_lower,
     load,
@@ -32,7 +31,7 @@ from tidegate.ops.linear_attention.chunk import (
     store,
 )
 from tidegate.ops.linear_attention.sweeps import gradient_of_queries, other_gradients
-from tidegate.ops.matrix import matmul_into, matmul_lower, matmul_rows, transpose
+from tidegate.ops.matrix import clear, matmul_into, matmul_lower, matmul_rows, transpose
 from tidegate.segments import Segments
 
 
@@ -86,9 +85,8 @@ def forward_problem(b, h, q, k, v, g, codes, state, scale, o, last, rows, vector
         starts = codes.shape[0] > 0 and codes[b, t] == 1
         for j in range(K):
             factor[j] *= first[j]
-        if starts:
-            for j in range(K):
-                factor[j] = ZERO
+        if starts:  # written, not multiplied: zero times an infinite state is no zero
+            clear(S, 0, K)
         transpose(ks, CHUNK, K, columns)
         matmul_into(qs, K, 1, columns, scores, tall, keys, CHUNK)
         keep_lower(scores, size)

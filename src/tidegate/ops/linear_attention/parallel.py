@@ -46,14 +46,16 @@ def linear_attention(
     pairs = (documents[..., :, None] == documents[..., None, :]) & (order[:, None] >= order)
     scores = _scores(q, k, G, pairs) if g.shape[-1] > 1 else (q @ k.mT) * _decays(G.squeeze(-1), pairs)
     within = scores @ v
-    reads = torch.where((documents == arrived)[..., None], q * G.exp(), 0)
+    reads, continues = q * G.exp(), (documents == arrived)[..., None]
     writes = torch.where((documents == last)[..., None], k * (G[..., -1:, :] - G).exp(), 0).mT @ v
-    keeps = torch.where((arrived == last)[..., None], G[..., -1, :, None].exp(), 0)
+    decay, kept = G[..., -1, :, None].exp(), (arrived == last)[..., None]
 
     outputs = []
     for chunk in range(q.shape[2]):
-        outputs.append(within[:, :, chunk] + reads[:, :, chunk] @ state)
-        state = keeps[:, :, chunk] * state + writes[:, :, chunk]
+        # Selected, not multiplied: zero times an infinite state is no zero.
+        past = torch.where(continues[:, :, chunk], reads[:, :, chunk] @ state, 0)
+        outputs.append(within[:, :, chunk] + past)
+        state = torch.where(kept[:, :, chunk], decay[:, :, chunk] * state, 0) + writes[:, :, chunk]
     o = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :time].transpose(1, 2)
     return torch.where(valid[..., None, None], o, 0), state
 

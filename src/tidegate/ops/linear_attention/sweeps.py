@@ -17,14 +17,7 @@ from tidegate.ops.linear_attention.chunk import (
     next_chunk,
     store,
 )
-from tidegate.ops.matrix import (
-    matmul_columns,
-    matmul_into,
-    matmul_lower,
-    matmul_rows,
-    matmul_upper,
-    transpose,
-)
+from tidegate.ops.matrix import clear, matmul_columns, matmul_into, matmul_lower, matmul_rows, matmul_upper, transpose
 
 
 @jit_views
@@ -68,8 +61,7 @@ def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
         for j in range(K):
             factor[j] *= first[j]
         if starts:
-            for j in range(K):
-                factor[j] = ZERO
+            clear(S_T, 0, V)
         transpose(vs, CHUNK, V, v_columns)
         matmul_into(dos, V, 1, v_columns, scores, tall, values, CHUNK)
         keep_lower(scores, size)
@@ -179,8 +171,9 @@ def other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, 
             for j in range(channels):
                 dg[b, t, h, j] = ZERO
             for j in range(K):
-                factor[j] = ZERO
                 total[j] = ZERO
+            clear(R, 0, K)
+            clear(R_T, 0, V)
     for j in range(keys):
         row, f = R[j], factor[j]
         for c in range(values):
