@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,9 +121,9 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden or feed_forward_width(dim)
-        factory = {"device": device, "dtype": dtype, "bias": False}
-        self.gate_and_up = nn.Linear(dim, 2 * hidden, **factory)  # type: ignore[arg-type]
-        self.down = nn.Linear(hidden, dim, **factory)  # type: ignore[arg-type]
+        factory: dict[str, Any] = {"device": device, "dtype": dtype, "bias": False}
+        self.gate_and_up = nn.Linear(dim, 2 * hidden, **factory)
+        self.down = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_and_up(x).chunk(2, dim=-1)
