@@ -48,6 +48,32 @@ def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
         except BaseException as error:
             errors.append(error)
 
+    _team(work, threads)
+    if errors:
+        raise errors[0]
+
+
+def together(lead: Callable[[], None], help_out: Callable[[], None]) -> None:
+    """Call `lead` on one of PyTorch's threads and `help_out` on each of the others that comes.
+
+    `lead` must be able to finish alone: a team may be smaller than was asked for, or late.
+    """
+    turns = iter([lead])
+    errors: list[BaseException] = []
+
+    def work(_: Any = None) -> None:
+        try:
+            next(turns, help_out)()
+        except BaseException as error:
+            errors.append(error)
+
+    _team(work, torch.get_num_threads())
+    if errors:
+        raise errors[0]
+
+
+def _team(work: Callable[..., None], threads: int) -> None:
+    """Call `work` on this and `threads - 1` more threads, and wait for all."""
     openmp = _find_openmp()
     if openmp:
         openmp.GOMP_parallel(_Region(work), None, threads, 0)
@@ -56,8 +82,6 @@ def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
         work()
         for helper in helpers:
             helper.result()
-    if errors:
-        raise errors[0]
 
 
 def _next(shares: Iterator[tuple[int, int]]) -> tuple[int, int] | None:

@@ -1,0 +1,229 @@
+"""Fast single tokens: a layer's or model's step (T = 1) as one call into compiled code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from tidegate.backend import backend
+from tidegate.infer.step.lower import Lowering, fill, hold
+from tidegate.infer.step.program import Unsupported
+from tidegate.nn.mixer import GROWS
+from tidegate.ops.threads import together
+from tidegate.state import State
+
+__all__ = ["Step", "Unsupported", "compile_step"]
+
+_WORTHWHILE = 1 << 19  # multiplications; below, a second thread comes too late
+
+
+def compile_step(module: nn.Module, batch_size: int = 1) -> Step:
+    """The step of a mixer or language model, for a fixed batch, without gradients.
+
+    `step(x, state)` is `module(x, state)` for T = 1: x is (B, 1, D) for a mixer and (B, 1) token numbers for a model;
+    the state is what the module returns and takes, so the two can take turns. The module is traced once, in a tenth of
+    a second per layer, into a program of the step machine: nothing is compiled for it, and all modules share the
+    compiled interpreter. Weights are read where they are, so training steps and `load_state_dict` are seen (an
+    assignment through `.data` is not always: call `step.refresh()` after one).
+
+    Raises `Unsupported` for a module on another device than the CPU or of another dtype than float32, whose state grows
+    with the sequence, or that uses an operator the machine does not know; the module itself still works then.
+
+    >>> from tidegate import mixers
+    >>> mixer = mixers.build("gla", dim=32, num_heads=2)
+    >>> step = compile_step(mixer)
+    >>> x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    >>> with torch.no_grad():
+    ...     wanted = mixer(x, state)[0]
+    >>> torch.allclose(step(x, state)[0], wanted, atol=1e-6)
+    True
+    """
+    return Step(module, batch_size)
+
+
+class Step:
+    """What `compile_step` returns: call it with (x, state)."""
+
+    def __init__(self, module: nn.Module, batch_size: int = 1) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: seen {batch_size}, wanted at least 1")
+        self.module, self.batch_size = module, batch_size
+        self._places = {
+            name: (_owner(module, name), name.rpartition(".")[2])
+            for name, _ in (*module.named_parameters(), *module.named_buffers())
+        }
+        for name, parameter in zip(self._places, self._weights(), strict=True):
+            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.int64, torch.bool):
+                kind = f"{parameter.dtype} on {parameter.device}"
+                raise Unsupported(f"module: {name} is {kind}; the step machine calculates in float32 on the CPU")
+        if GROWS in _numbers(module.state_spec()):  # type: ignore[operator]
+            raise Unsupported("module: its state grows with the sequence, so that no two steps are alike")
+        state = module.init_state(batch_size, dtype=torch.float32)  # type: ignore[operator]
+        self._template = state
+        x = self._example()
+        self._takes = [(tuple(t.shape), t.dtype) for t in (x, *_tensors(state))]
+        self._trace(x, state)
+
+    def _example(self) -> Tensor:
+        if hasattr(self.module, "vocab_size"):
+            return torch.zeros(self.batch_size, 1, dtype=torch.long)
+        dim: Any = self.module.dim
+        return torch.zeros(self.batch_size, 1, dim)
+
+    def _trace(self, x: Tensor, state: State) -> None:
+        from torch._decomp import core_aten_decompositions, get_decompositions
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        names = list(self._places)
+
+        def step(parameters: list[Tensor], x: Tensor, *leaves: Tensor) -> list[Tensor]:
+            tensors = iter(leaves)
+            before = state.map(lambda _: next(tensors))
+            with backend("reference"):
+                given = dict(zip(names, parameters, strict=True))
+                y, after = torch.func.functional_call(self.module, given, (x, before))
+            self._template = after
+            return [y, *_tensors(after)]
+
+        aten = torch.ops.aten
+        more: dict[Any, Any] = get_decompositions(
+            [
+                aten.addmm,
+                aten.elu,
+                aten.gelu,
+                aten.native_group_norm,
+                aten.native_layer_norm,
+                aten.silu,
+                aten.softplus,
+                aten._softmax,
+            ]
+        )
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                traced = make_fx(
+                    torch.func.functionalize(step, remove="mutations"),
+                    {**core_aten_decompositions(), **more},
+                    tracing_mode="fake",
+                )([weight.detach() for weight in self._weights()], x, *_tensors(state))
+        finally:
+            self.module.train(training)
+        traced.graph.eliminate_dead_code()
+        placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+        count = len(self._places)
+        self._graph = traced
+        self._placeholders = dict(zip(placeholders[:count], self._weights(), strict=True))
+        self._evaluated: dict[fx.Node, Any] = {}
+        lowering = Lowering(traced.graph, count, self._evaluate)
+        self._program = program = lowering.run()
+        self._static_nodes = lowering.statics
+        self._workspace = torch.zeros(program.workspace + 64, dtype=torch.uint8)
+        self._scratch = np.zeros((2, 8), np.int64)
+        self._counters = np.zeros(1 + 2 * len(program.offered), np.int64)
+        self._bases = np.zeros(2 + len(self._static_nodes) + len(self._takes) + len(program.outputs), np.int64)
+        self._bases[0] = -(-self._workspace.data_ptr() // 64) * 64
+        self._bases[1] = program.constants.ctypes.data
+        self._first_input = 2 + len(self._static_nodes)
+        self._lock = threading.Lock()  # one workspace: calls from several threads take turns
+        self.refresh()
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+    def _evaluate(self, node: fx.Node) -> Any:
+        """The value of a node that depends on parameters alone."""
+        if node in self._placeholders:
+            return self._placeholders[node].detach()
+        if node not in self._evaluated:
+            filled = fill(node)
+            if filled is not None:
+                self._evaluated[node] = filled
+            elif node.op == "get_attr":
+                self._evaluated[node] = getattr(self._graph, str(node.target))
+            else:
+                arguments, options = fx.node.map_arg((node.args, node.kwargs), self._evaluate)
+                with torch.no_grad():
+                    self._evaluated[node] = node.target(*arguments, **options)  # type: ignore[operator]
+        return self._evaluated[node]
+
+    def refresh(self) -> None:
+        """Compute anew what depends on the weights alone."""
+        self._placeholders = dict(zip(self._placeholders, self._weights(), strict=True))
+        self._evaluated = {}
+        self._statics = [hold(self._evaluate(node)) for node in self._static_nodes]
+        self._bases[2 : self._first_input] = [tensor.data_ptr() for tensor in self._statics]
+        self._stamp = self._seen()
+
+    def _seen(self) -> list[Any]:
+        return [(weight.data_ptr(), weight._version) for weight in self._weights()]
+
+    def _weights(self) -> list[Tensor]:
+        """Parameters and buffers as they are now; a replaced one is another tensor under the old name."""
+        return [tensors[name] for tensors, name in self._places.values()]
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+    def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """y and the new state; as the module's, to rounding. Raises ValueError where x or state has another shape."""
+        from tidegate.infer.step import machine
+
+        program = self._program
+        given = [x, *_tensors(state)]
+        if len(given) != len(self._takes):
+            raise ValueError("state: has other entries than this step's module keeps; it belongs to another model")
+        for position, (tensor, (shape, dtype)) in enumerate(zip(given, self._takes, strict=True)):
+            if tensor.shape != shape or tensor.dtype != dtype:
+                what = "x" if position == 0 else "state"
+                raise ValueError(
+                    f"{what}: seen {tuple(tensor.shape)} of {tensor.dtype}, but this step was compiled for {shape} of "
+                    f"{dtype}; call the module itself, or compile_step again"
+                )
+            if not tensor.is_contiguous() or tensor.is_conj():
+                given[position] = tensor.resolve_conj().contiguous()
+        results = [torch.empty(shape, dtype=dtype) for shape, dtype in program.outputs]
+        with self._lock:
+            if self._seen() != self._stamp:
+                self.refresh()
+            self._bases[self._first_input :] = [tensor.data_ptr() for tensor in (*given, *results)]
+            fixed = (self._bases, program.code, program.offered, self._counters, self._scratch)
+            if program.work >= _WORTHWHILE and torch.get_num_threads() > 1:
+                self._counters[:] = 0
+                together(lambda: machine.execute(*fixed, 1), lambda: machine.help_out(*fixed))
+            else:
+                machine.execute(*fixed, 0)
+        return results[0], _rebuilt(self._template, iter(results[1:]))
+
+
+def _owner(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary that holds a parameter or buffer under the last part of its name."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    held: Any = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
+    return held
+
+
+def _tensors(state: State) -> list[Tensor]:
+    found: list[Tensor] = []
+    for leaf in state.values():
+        if isinstance(leaf, State):
+            found += _tensors(leaf)
+        else:
+            found.append(leaf)
+    return found
+
+
+def _rebuilt(template: State, tensors: Iterator[Tensor]) -> State:
+    return State(
+        {name: _rebuilt(leaf, tensors) if isinstance(leaf, State) else next(tensors) for name, leaf in template.items()}
+    )
+
+
+def _numbers(spec: Any) -> list[Any]:
+    """All numbers in a state's description."""
+    if isinstance(spec, dict):
+        return [number for inner in spec.values() for number in _numbers(inner)]
+    if isinstance(spec, tuple):
+        return [number for inner in spec for number in _numbers(inner)]
+    return [spec]

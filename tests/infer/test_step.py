@@ -1,0 +1,246 @@
+"""The compiled step is the module's own T = 1, for every mixer that keeps a state of fixed size."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from tidegate import LanguageModel, registry
+from tidegate.infer import Unsupported, compile_step
+from tidegate.nn.mixer import GROWS, Mixer
+from tidegate.state import State
+
+TOLERANCE = 2e-5  # of the largest number, as for every float32 kernel
+
+
+def grows(spec) -> bool:
+    if isinstance(spec, dict):
+        return any(grows(inner) for inner in spec.values())
+    return spec == GROWS or (isinstance(spec, tuple) and any(grows(inner) for inner in spec))
+
+
+FIXED = [
+    name for name in registry.names() if not grows(registry.build(name, 32, **registry.info(name).tiny).state_spec())
+]
+
+
+def build(name, dim=32):
+    torch.manual_seed(0)
+    mixer = registry.build(name, dim, **registry.info(name).tiny)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer.eval()
+
+
+def assert_near(found, wanted):
+    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    scale = wanted.abs().max().clamp(min=1.0).item() if wanted.numel() else 1.0
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE * scale)
+
+
+def assert_same(found: State, wanted: State):
+    assert list(found.tensors()) == list(wanted.tensors())
+    for name, tensor in wanted.tensors().items():
+        assert_near(found.tensors()[name], tensor)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", FIXED)
+def test_equals_the_mixer(name, batch):
+    mixer = build(name)
+    step = compile_step(mixer, batch)
+    state = mixer.init_state(batch)
+    with torch.no_grad():
+        _, state = mixer(torch.randn(batch, 5, 32), state)
+    ours = theirs = state
+    for _ in range(4):
+        x = torch.randn(batch, 1, 32)
+        kept = ours.map(torch.clone)
+        y, after = step(x, ours)
+        with torch.no_grad():
+            wanted, theirs = mixer(x, theirs)
+        assert_near(y, wanted)
+        assert_same(after, theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours.tensors().values(), kept.tensors().values(), strict=True))
+        ours = after
+    assert not y.requires_grad
+
+
+def test_the_two_take_turns_and_states_fork():
+    mixer = build("gla")
+    step = compile_step(mixer)
+    x = torch.randn(1, 3, 32)
+    with torch.no_grad():
+        whole, _ = mixer(x)
+        _, state = mixer(x[:, :1])
+    forked = state
+    y, state = step(x[:, 1:2], state)
+    assert_near(y, whole[:, 1:2])
+    with torch.no_grad():
+        assert_near(mixer(x[:, 2:], state)[0], whole[:, 2:])
+    again, _ = step(x[:, 1:2], forked)
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("layers", ["2*gla", "lru,rwkv7", "gated-deltanet,sliding-window-attention,lstm"])
+@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu", "channel-mix", "none"])
+def test_a_language_model(layers, feed_forward):
+    torch.manual_seed(1)
+    model = LanguageModel(29, 64, layers, feed_forward=feed_forward).eval()
+    step = compile_step(model, 2)
+    ours = theirs = model.init_state(2)
+    for _ in range(4):
+        ids = torch.randint(29, (2, 1))
+        logits, ours = step(ids, ours)
+        with torch.no_grad():
+            wanted, theirs = model(ids, theirs)
+        assert_near(logits, wanted)
+        assert_same(ours, theirs)
+
+
+def test_dropout_is_off_and_the_module_keeps_its_mode():
+    model = LanguageModel(11, 32, "lstm", dropout=0.5)
+    step = compile_step(model)
+    assert model.training
+    state, ids = model.init_state(1), torch.tensor([[3]])
+    with torch.no_grad():
+        assert_near(step(ids, state)[0], model.eval()(ids, state)[0])
+
+
+def test_changed_weights_are_seen():
+    mixer, other = build("mamba2"), build("mamba2")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    step = compile_step(mixer)
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    before = step(x, state)[0]
+    mixer.load_state_dict(other.state_dict())
+    wanted = other(x, state)[0].detach()
+    assert_near(step(x, state)[0], wanted)
+    assert not torch.allclose(before, wanted, atol=1e-3)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.data = parameter.data / 1.5  # behind autograd's back, at another address
+    step.refresh()
+    assert_near(step(x, state)[0], before)
+
+
+def test_a_replaced_parameter_is_seen():
+    mixer = build("gru")
+    step = compile_step(mixer)
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    mixer.weight_ih = nn.Parameter(torch.zeros_like(mixer.weight_ih))
+    with torch.no_grad():
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+
+
+def test_results_do_not_depend_on_threads():
+    model = LanguageModel(64, 256, "2*gla").eval()
+    step = compile_step(model)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 2, 1):
+            torch.set_num_threads(threads)
+            state = model.init_state(1)
+            for token in range(20):
+                logits, state = step(torch.tensor([[token]]), state)
+            results.append((logits, *state.tensors().values()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_calls_from_several_threads_take_turns():
+    mixer = build("gated-deltanet")
+    step = compile_step(mixer)
+    inputs = torch.randn(4, 30, 1, 1, 32)
+
+    def stream(own):
+        state, outputs = mixer.init_state(1), []
+        for x in own:
+            y, state = step(x, state)
+            outputs.append(y)
+        return torch.cat(outputs)
+
+    wanted = [stream(own) for own in inputs]
+    found = [None] * 4
+
+    def work(index):
+        found[index] = stream(inputs[index])
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_strided_input_and_state():
+    mixer = build("gla")
+    step = compile_step(mixer, 2)
+    x = torch.randn(2, 1, 64)[..., ::2]
+    state = mixer.init_state(2).map(lambda t: t.add(1.0).transpose(-1, -2).contiguous().transpose(-1, -2))
+    assert not any(t.is_contiguous() for t in (x, *state.tensors().values()))
+    with torch.no_grad():
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+
+
+def test_generation():
+    torch.manual_seed(0)
+    model = LanguageModel(31, 32, [("gla", {"num_heads": 2})])
+    plain = model.generate([1, 2, 3], 20, temperature=0)
+    compiled = model.generate([1, 2, 3], 20, temperature=0, compiled=True)
+    assert torch.equal(compiled.all(), plain.all())
+    assert_same(compiled.state, plain.state)
+    rows = model.generate([[1, 2], [3, 4, 5]], 12, temperature=0, stop=7, compiled=True)
+    assert torch.equal(rows.all(), model.generate([[1, 2], [3, 4, 5]], 12, temperature=0, stop=7).all())
+
+
+class TestRefusals:
+    def test_a_growing_state(self):
+        with pytest.raises(Unsupported, match="grows with the sequence"):
+            compile_step(registry.build("attention", 32, **registry.info("attention").tiny))
+
+    def test_float64(self):
+        with pytest.raises(Unsupported, match="calculates in float32"):
+            compile_step(build("gla").double())
+
+    def test_an_unknown_operator(self):
+        class Sorted(Mixer):
+            def __init__(self):
+                super().__init__()
+                self.dim, self.weight = 4, nn.Parameter(torch.ones(4))
+
+            def state_spec(self):
+                return {"x": (4,)}
+
+            def forward(self, x, state=None, *, segments=None):
+                return x.sort().values * self.weight, State(x=x[:, -1].clone())
+
+        with pytest.raises(Unsupported, match="sort"):
+            compile_step(Sorted())
+
+    def test_batch_size(self):
+        with pytest.raises(ValueError, match="batch_size: seen 0"):
+            compile_step(build("gla"), 0)
+
+    def test_other_shapes(self):
+        mixer = build("gla")
+        step = compile_step(mixer)
+        state = mixer.init_state(1)
+        with pytest.raises(ValueError, match=r"x: seen \(1, 2, 32\)"):
+            step(torch.randn(1, 2, 32), state)
+        with pytest.raises(ValueError, match=r"x: seen .* of torch.float64"):
+            step(torch.randn(1, 1, 32).double(), state)
+        with pytest.raises(ValueError, match=r"state: seen"):
+            step(torch.randn(1, 1, 32), mixer.init_state(2))
+        with pytest.raises(ValueError, match="belongs to another model"):
+            step(torch.randn(1, 1, 32), State(a=torch.zeros(1)))
