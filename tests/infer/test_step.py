@@ -139,6 +139,14 @@ def test_a_replaced_parameter_is_seen():
         assert_near(step(x, state)[0], mixer(x, state)[0])
 
 
+def test_a_model_made_for_inference_alone():
+    with torch.inference_mode():
+        mixer = build("rg-lru")
+        step = compile_step(mixer)
+        x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+
+
 def test_results_do_not_depend_on_threads():
     model = LanguageModel(64, 256, "2*gla").eval()
     step = compile_step(model)

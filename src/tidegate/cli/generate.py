@@ -24,6 +24,9 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Read turns from standard input.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Prepare a second, then write several times faster.")
+    ] = False,
 ) -> None:
     """Continue a text with a trained model, streaming; `--interactive` remembers earlier turns.
 
@@ -33,18 +36,20 @@ def generate(
     import torch
 
     from tidegate.infer.sampling import check_sampling, row_seeds
+    from tidegate.infer.step import compile_step
     from tidegate.infer.text import TextGeneration
     from tidegate.models.language import LanguageModel
     from tidegate.tasks.language.tokenizer import load_tokenizer
 
     check_sampling(temperature, top_k, top_p)
     model, tokenizer = LanguageModel.load(run), load_tokenizer(run)
+    step = compile_step(model) if compiled else False
     seed = torch.seed() % 2**62 if seed is None else seed
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
 
     def turn(text: str, number: int, state: State | None) -> TextGeneration:
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "compiled": step}
         seeds = row_seeds(seed, number + 1)[number:]
         return TextGeneration(model, tokenizer, text, max_tokens, stop=stop or (), state=state, seed=seeds, **options)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tidegate.infer.sampling import check_sampling, row_seeds, sample_next
-from tidegate.infer.step import compile_step
+from tidegate.infer.step import Step, compile_step
 from tidegate.models.language import LanguageModel
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -32,7 +32,8 @@ class Generation(Iterator[Tensor]):
     the batch nor on the padding.
 
     `compiled=True` runs single tokens through `compile_step`: several times faster on a CPU, after a second or two of
-    preparation. Once some rows have ended and others have not, the rest takes the ordinary way.
+    preparation; or give the step of an earlier call. Once some rows have ended and others have not, the rest takes the
+    ordinary way.
 
     Raises ValueError for an empty prompt, options out of range, or as the model does.
 
@@ -56,7 +57,7 @@ class Generation(Iterator[Tensor]):
         stop: int | Sequence[int] | None = None,
         state: State | None = None,
         segments: Segments | None = None,
-        compiled: bool = False,
+        compiled: bool | Step = False,
     ) -> None:
         check_sampling(temperature, top_k, top_p)
         if max_new_tokens < 1:
@@ -75,7 +76,7 @@ class Generation(Iterator[Tensor]):
         self._generators = [torch.Generator().manual_seed(one) for one in seeds]
         self._tokens: list[Tensor] = []
         self._pending: Tensor | None = None  # yielded, but not yet fed to the model
-        self._step = compile_step(model, ids.shape[0]) if compiled else None
+        self._step = compile_step(model, ids.shape[0]) if compiled is True else compiled or None
         self._feed(ids, state, segments)
 
     def __iter__(self) -> Generation:

@@ -159,7 +159,7 @@ class Step:
         self._stamp = self._seen()
 
     def _seen(self) -> list[Any]:
-        return [(weight.data_ptr(), weight._version) for weight in self._weights()]
+        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in self._weights()]
 
     def _weights(self) -> list[Tensor]:
         """Parameters and buffers as they are now; a replaced one is another tensor under the old name."""

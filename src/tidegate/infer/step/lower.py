@@ -244,7 +244,7 @@ class Lowering:
             return False
         user = next(iter(node.users))
         different = user.target is aten.add.Tensor and _arguments(user)[0] is not _arguments(user)[1]
-        return different and user.kwargs.get("alpha", 1) == 1 and _result(user).dtype == torch.float32
+        return bool(different and user.kwargs.get("alpha", 1) == 1 and _result(user).dtype == torch.float32)
 
     def _op_where(self, node: fx.Node, condition: Any, yes: Any, no: Any) -> Value:
         truth = self._always(condition)
