@@ -9,7 +9,7 @@ ifndef PIP_FIND_LINKS
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 
-.PHONY: help demo test test-slow lint types docs bench clean
+.PHONY: help demo test test-slow lint types docs bench bench-full bench-peers clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,10 +34,23 @@ types: $(VENV)/.installed  ## mypy
 docs: $(VENV)/.docs  ## the documentation into site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-bench: $(VENV)/.installed  ## ops, mixers and single tokens: tables, JSON and pictures in reports/bench
+bench: $(VENV)/.installed  ## ops, mixers, models and single tokens: tables, JSON and pictures in reports/bench
 	$(RUN)/tidegate bench ops
 	$(RUN)/tidegate bench mixers
+	$(RUN)/tidegate bench model
 	$(RUN)/tidegate bench decode
+
+# Whole layers at batch 8 and T = 65,536 would need more memory than most machines have.
+bench-full: $(VENV)/.installed  ## T to 65,536, batch 1 and 8, threads 1 and 2, peak memory: hours, 16 GB of memory
+	$(RUN)/tidegate bench ops --lengths 512,4096,16384,65536 --batch 1,8 --threads 1,2 --memory --out reports/bench/full
+	$(RUN)/tidegate bench mixers --lengths 512,4096,16384,65536 --threads 1,2 --memory --out reports/bench/full
+	$(RUN)/tidegate bench mixers --lengths 512,4096,8192 --batch 8 --threads 1,2 --out reports/bench/full-batch-8
+	$(RUN)/tidegate bench model --lengths 512,4096,16384,65536 --threads 1,2 --memory --out reports/bench/full
+	$(RUN)/tidegate bench model --lengths 512,4096 --batch 8 --threads 1,2 --out reports/bench/full-batch-8
+	$(RUN)/tidegate bench decode --batch 1,8 --threads 1,2 --out reports/bench/full
+
+bench-peers: $(VENV)/.installed .venv-peers/.installed .venv-peers-fla/.installed  ## beside other libraries, about an hour
+	$(RUN)/python -m tidegate.bench.peers
 
 clean:  ## remove compiled kernels, caches and built documentation; runs/, reports/ and .venv stay
 	find . -path ./$(VENV) -prune -o \( -name '*.nbi' -o -name '*.nbc' -o -name '*.pyc' \) -exec rm -f {} +
@@ -54,6 +67,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet -c constraints.txt $(TORCH_INDEX) torch
 	$(RUN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-peers/.installed: bench/peers/requirements.txt
+.venv-peers-fla/.installed: bench/peers/requirements-fla.txt
+.venv-peers/.installed .venv-peers-fla/.installed:
+	@echo 'setting up $(@D), once ...'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet $(TORCH_INDEX) $$(grep '^torch==' $<)
+	$(@D)/bin/pip install --quiet $(TORCH_INDEX) -r $<
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

@@ -32,6 +32,14 @@ def test_slow_calls_get_fewer_rounds():
     assert quick.repetitions == 10
 
 
+def test_a_call_longer_than_the_patience_is_called_twice_in_all():
+    calls = []
+    (timing,) = interleaved([lambda: calls.append(time.sleep(0.01))], 10, patience=0.005)
+    assert len(calls) == 2
+    assert timing.repetitions == 1
+    assert timing.median >= 0.01
+
+
 def test_spread():
     assert Timing(2.0, 1.5, 2.5, 1.0, 5).spread == 0.5
 
@@ -39,3 +47,5 @@ def test_spread():
 def test_no_repetitions_is_an_error():
     with pytest.raises(ValueError, match="repetitions: seen 0"):
         interleaved([lambda: None], 0)
+    with pytest.raises(ValueError, match="patience: seen -1"):
+        interleaved([lambda: None], 1, patience=-1)

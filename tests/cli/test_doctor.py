@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -49,3 +50,19 @@ def test_warnings(monkeypatch):
     assert "make clean" in seen[1]
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (9.0, 0.0, 0.0))
     assert "busy" in doctor.warnings(HEALTHY)[0]
+
+
+def test_warm_says_what_was_compiled():
+    result = runner.invoke(app, ["doctor", "--warm"])
+    assert result.exit_code == 0, result.output
+    for word in ("Kernels", "delta_rule", "backward", "all mixers", "compiled", "loaded", "kept in"):
+        assert word in result.stdout
+    facts = json.loads(runner.invoke(app, ["doctor", "--warm", "--json"]).stdout)
+    assert not any(one["compiled"] or one["loaded"] for one in facts["warmed"])  # they are in this process by now
+    assert facts["seconds"] == pytest.approx(sum(one["seconds"] for one in facts["warmed"]))
+    assert facts["cache"]["folder"]
+
+
+def test_warm_warns_of_a_stale_cache(monkeypatch):
+    monkeypatch.setattr(doctor, "cache", lambda: {"folder": "/c", "writable": True, "stale": 3})
+    assert "make clean" in runner.invoke(app, ["doctor", "--warm"]).stdout

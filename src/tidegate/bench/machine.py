@@ -28,6 +28,11 @@ def stream(elements: int = 1 << 25) -> Work:
     return lambda: torch.add(b, c, alpha=0.5, out=a), 12.0 * elements
 
 
+def ceilings(*, ceiling_size: int = 1536, stream_elements: int = 1 << 25) -> tuple[Work, Work]:
+    """The two ceilings of `tidegate.bench.roofline`: a matrix product of that size and a stream of that length."""
+    return matmul(ceiling_size), stream(stream_elements)
+
+
 def matmul_gflops(repetitions: int = 9, *, size: int = 1536) -> float:
     """The fastest float32 matrix product of several, in GFLOP/s on the threads PyTorch uses."""
     call, flops = matmul(size)

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate import registry
+from tidegate.bench import machine
 from tidegate.bench.report import Decode, Measurement
-from tidegate.bench.timing import interleaved
+from tidegate.bench.roofline import Work
+from tidegate.bench.sweep import Call, Candidate, measure
+from tidegate.bench.timing import Timing, interleaved
+from tidegate.infer.step import Unsupported, compile_step
 from tidegate.nn.mixer import GROWS, Mixer
 from tidegate.state import State
 
@@ -45,7 +51,7 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
     entries = list(_entries(mixer.state_spec()))
     cached = sum(math.prod(n for n in shape if n != GROWS) for shape, _ in entries if GROWS in shape)
     if family == "attention":
-        elements = dim * max((shape[0] for shape, _ in entries if len(shape) > 1 and GROWS not in shape), default=0)
+        elements = dim * _window(mixer)
     else:
         elements = sum(math.prod(shape) for shape, recurrent in entries if recurrent and GROWS not in shape)
     return Cost(
@@ -57,22 +63,56 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
     )
 
 
+def work(name: str, batch: int, length: int, dim: int = 256, **options: Any) -> tuple[Work, Work]:
+    """What a mixer must do over a sequence from its beginning, float32: forward, and forward with backward.
+
+    The operations are those of `cost`, with the window of an attention as full as it is at each token; a backward has
+    twice as many. The bytes are the least of any layer: input, output, parameters, and the gradients of all three.
+    """
+    counted = cost(name, dim, **options)
+    tokens, pairs = batch * length, batch * length * (length + 1) / 2
+    flops = tokens * counted.flops_per_token + pairs * counted.flops_per_cached_token
+    family = registry.info(name).family
+    if family == "attention":
+        window = _window(build(name, dim, **options))
+        filling = min(window, length)  # the first tokens find that much of their window empty: sum of window - t
+        flops -= registry.FAMILIES[family][1] * dim * batch * (filling * window - filling * (filling + 1) / 2)
+    return (
+        Work(flops, 4 * (2 * tokens * dim + counted.parameters)),
+        Work(3 * flops, 4 * (5 * tokens * dim + 3 * counted.parameters)),
+    )
+
+
 def build(name: str, dim: int, **options: Any) -> Mixer:
     """A mixer of the registry; where its default number of heads does not divide `dim`, its tiny arguments are used."""
-    try:
-        mixer = registry.build(name, dim, **options)
-    except ValueError:
-        tiny = registry.info(name).tiny
-        if options or not tiny:
-            raise
-        mixer = registry.build(name, dim, **tiny)
+    mixer = registry.build(name, dim, **(options or fitting(name, dim)))
     assert isinstance(mixer, Mixer)
     return mixer
+
+
+def fitting(name: str, dim: int) -> dict[str, Any]:
+    """The options with which a mixer takes the width `dim`: none, or those it is tested with at a small width."""
+    tiny = dict(registry.info(name).tiny)
+    return {} if not tiny or _takes(name, dim) else tiny
+
+
+@cache
+def _takes(name: str, dim: int) -> bool:
+    try:
+        registry.build(name, dim)
+    except ValueError:
+        return False
+    return True
 
 
 def grows(mixer: Mixer) -> bool:
     """Whether the state lengthens with the sequence."""
     return any(GROWS in shape for shape, _ in _entries(mixer.state_spec()))
+
+
+def _window(mixer: Mixer) -> int:
+    """How many tokens an attention looks back on at most; 0 without a limit."""
+    return max((s[0] for s, _ in _entries(mixer.state_spec()) if len(s) > 1 and GROWS not in s), default=0)
 
 
 def _entries(spec: Mapping[str, Any]) -> Iterator[tuple[tuple[int, ...], bool]]:
@@ -94,31 +134,42 @@ def sweep(
     dim: int = 256,
     repetitions: int = 7,
     patience: float = 5.0,
+    ceilings: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[Measurement]:
     """Time every mixer at every length, forward and with backward into input and parameters.
 
-    All lengths of a mixer take turns, so that the change of its cost with the length is free of the machine's moods.
-    A mixer whose state grows is left out of lengths at which one call would take longer than `patience` seconds.
+    All lengths of a mixer take turns, so that the change of its cost with the length is free of the machine's moods,
+    and with them the machine's ceilings (of the sizes in `ceilings`, see `machine.ceilings`). A mixer whose state grows
+    is left out of lengths at which one call would take longer than `patience` seconds.
+    Raises ValueError for an unknown name.
     """
+    known(names)
+    limits = machine.ceilings(**ceilings)
     for name in names:
         mixer = build(name, dim)
-        taken: list[int] = []
-        runs: list[Callable[[], object]] = []
+        taken: list[Candidate] = []
         for length in sorted(lengths):
-            x = torch.randn(batch, length, dim)
-            pair = _runs(mixer, x, torch.randn_like(x))
-            taken.append(length)
-            runs += pair
-            if grows(mixer) and 4 * interleaved(pair[1:], 1, shortest=0)[0].median > patience:
+            calls = _runs(mixer, batch, length)
+            taken.append(Candidate(name, batch, length, *calls, *work(name, batch, length, dim)))
+            if grows(mixer) and 4 * interleaved(calls[1:], 1, shortest=0)[0].median > patience:
                 break
-        timings = interleaved(runs, repetitions, patience=patience)
-        for position, length in enumerate(taken):
-            forward, training = timings[2 * position : 2 * position + 2]
-            yield Measurement(name, length, batch * length, forward, training)
+        yield from measure(taken, limits, repetitions, patience)
 
 
-def _runs(mixer: Mixer, x: Tensor, gradient: Tensor) -> tuple[Callable[[], object], Callable[[], object]]:
-    leaf = x.clone().requires_grad_()
+def prepare(name: str, *, batch: int, length: int, dim: int) -> Call:
+    """Forward with backward into input and parameters of one mixer, as a call; parameters and input are made here."""
+    return _runs(build(name, dim), batch, length)[1]
+
+
+def known(names: Sequence[str]) -> None:
+    """Raise ValueError for the first name that is no mixer, before anything is measured."""
+    for name in names:
+        registry.info(name)
+
+
+def _runs(mixer: Mixer, batch: int, length: int) -> tuple[Call, Call]:
+    x, gradient = torch.randn(batch, length, mixer.dim), torch.randn(batch, length, mixer.dim)
+    leaf = x.detach().requires_grad_()  # the same memory
     leaves = [leaf, *mixer.parameters()]
 
     def forward() -> object:
@@ -140,15 +191,26 @@ def decode(
     chunk: int = 4096,
     repetitions: int = 15,
 ) -> Iterator[Decode]:
-    """Time one token (T = 1) after each number of tokens in `contexts`, which were fed in pieces of `chunk`."""
+    """Time one token (T = 1) after each number of tokens in `contexts`, which were fed in pieces of `chunk`.
+
+    The mixer itself and its compiled step, where it has one, take turns over all contexts. Raises ValueError for an
+    unknown name.
+    """
+    known(names)
     for name in names:
         mixer = build(name, dim).eval()
         token = torch.randn(batch, 1, dim)
+        try:
+            calls: list[Callable[[Tensor, State], object]] = [mixer, compile_step(mixer, batch)]
+        except Unsupported:
+            calls = [mixer]
         with torch.no_grad():
             states = [_after(mixer, context, batch, chunk) for context in contexts]
-            timings = interleaved([_step(mixer, token, state) for state in states], repetitions)
-        for context, state, timing in zip(contexts, states, timings, strict=True):
-            yield Decode(name, context, timing, state.nbytes)
+            timings = interleaved([_step(call, token, state) for call in calls for state in states], repetitions)
+        count = len(contexts)
+        compiled: list[Timing | None] = [*timings[count:]] or [None] * count
+        for context, state, timing, fast in zip(contexts, states, timings[:count], compiled, strict=True):
+            yield Decode(name, context, timing, fast, state.nbytes, batch, torch.get_num_threads())
 
 
 def _after(mixer: Mixer, context: int, batch: int, chunk: int) -> State:
@@ -158,5 +220,5 @@ def _after(mixer: Mixer, context: int, batch: int, chunk: int) -> State:
     return state
 
 
-def _step(mixer: Mixer, token: Tensor, state: State) -> Callable[[], object]:
-    return lambda: mixer(token, state)
+def _step(call: Callable[[Tensor, State], object], token: Tensor, state: State) -> Call:
+    return lambda: call(token, state)

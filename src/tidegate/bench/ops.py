@@ -4,49 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tidegate import ops, registry
-from tidegate.bench import machine
+from tidegate.bench import counts, machine
+from tidegate.bench.counts import Counted, Shape
 from tidegate.bench.report import Measurement
-from tidegate.bench.timing import interleaved
-
-Inputs = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The letters B, T, H, K, V."""
-
-    batch: int = 4
-    time: int = 2048
-    heads: int = 4
-    key_dim: int = 64
-    value_dim: int = 64
-
-    @property
-    def tokens(self) -> int:
-        """B * T."""
-        return self.batch * self.time
+from tidegate.bench.sweep import Call, Candidate, measure
+from tidegate.ops.gated_norm import gated_norm
+from tidegate.ops.selective_scan import selective_scan
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: its inputs for a shape, the call, and what a forward costs.
+    """One thing to time: the inputs it takes (by their names in INPUTS), the op, and what its equation costs."""
 
-    `work` is in floating-point operations against the matrix-product ceiling, or, for `bound="stream"`, in bytes read
-    and written against the memory ceiling; with its backward a call costs `training` times that.
-    """
-
-    inputs: Callable[[Shape], Inputs]
-    call: Callable[..., Tensor]
-    work: Callable[[Shape], float]
-    bound: str = "matmul"
-    training: float = 3.0  # the gradient of a product is two products
+    inputs: tuple[str, ...]
+    op: Callable[..., Any]
+    work: Callable[[Shape], Counted]
     quadratic: bool = False
 
 
@@ -63,166 +44,155 @@ def _decay(shape: Shape, *sizes: int) -> Tensor:
     return functional.logsigmoid(_normal(shape, *sizes) + 4)
 
 
-def _qkv(shape: Shape) -> Inputs:
-    return _unit(shape), _unit(shape), _normal(shape, shape.heads, shape.value_dim)
+def _values(shape: Shape) -> Tensor:
+    return _normal(shape, shape.heads, shape.value_dim)
 
 
-def _head_decay(shape: Shape) -> Tensor:
-    return _decay(shape, shape.heads)
+def _channels(shape: Shape) -> Tensor:
+    return _normal(shape, shape.channels)
 
 
-def _key_decay(shape: Shape) -> Tensor:
-    return _decay(shape, shape.heads, shape.key_dim)
+def _heads_first(make: Callable[[Shape], Tensor]) -> Callable[[Shape], Tensor]:
+    return lambda shape: make(shape).transpose(1, 2).contiguous()
 
 
-def _beta(shape: Shape) -> Tensor:
-    return torch.rand(shape.batch, shape.time, shape.heads)
+INPUTS: Mapping[str, Callable[[Shape], Tensor]] = MappingProxyType(
+    {
+        "q": _unit,
+        "k": _unit,
+        "v": _values,
+        "beta": lambda s: torch.rand(s.batch, s.time, s.heads),
+        "head_decay": lambda s: _decay(s, s.heads),
+        "key_decay": lambda s: _decay(s, s.heads, s.key_dim),
+        "a": lambda s: -_unit(s),  # removed along a, written along b
+        "b": lambda s: _unit(s) * torch.rand(s.batch, s.time, s.heads, 1),
+        "x": _channels,
+        "decay": lambda s: _channels(s).sigmoid(),
+        "log_input": lambda s: _normal(s, s.heads),
+        "gate": _values,
+        "norm_weight": lambda s: torch.rand(s.value_dim),
+        "weight": lambda s: torch.randn(s.channels, counts.TAPS),
+        "dt": lambda s: 0.1 * torch.rand(s.batch, s.time, s.channels),
+        "spread": lambda s: -torch.arange(1.0, counts.STATES + 1).repeat(s.channels, 1),
+        "state_b": lambda s: _normal(s, counts.STATES),
+        "state_c": lambda s: _normal(s, counts.STATES),
+        "q_first": _heads_first(_unit),
+        "k_first": _heads_first(_unit),
+        "v_first": _heads_first(_values),
+    }
+)
 
 
-def _dplr(shape: Shape) -> Inputs:
-    q, k, v = _qkv(shape)
-    removed = _unit(shape)
-    return q, k, v, -removed, removed * _beta(shape).unsqueeze(-1), _key_decay(shape)
+class Inputs:
+    """The tensors of one shape, each made when first asked for: cases of the same inputs share them."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._made: dict[object, Tensor] = {}
+
+    def take(self, names: Sequence[str]) -> list[Tensor]:
+        """The inputs of these names."""
+        return [self._once(name, partial(INPUTS[name], self.shape)) for name in names]
+
+    def gradient(self, output: Tensor) -> Tensor:
+        """A gradient for that output."""
+        return self._once(output.shape, lambda: torch.randn_like(output, memory_format=torch.contiguous_format))
+
+    def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
-def _channels(shape: Shape) -> int:
-    return shape.heads * shape.value_dim
+# -- cases -------------------------------------------------------------------------------------------------------------
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
 
-def _heads_first(shape: Shape) -> Inputs:
-    return tuple(x.transpose(1, 2).contiguous() for x in _qkv(shape))
-
-
-# -- work --------------------------------------------------------------------------------------------------------------
-def _state_flops(family: str) -> Callable[[Shape], float]:
-    per_element = registry.FAMILIES[family][1]
-    return lambda s: per_element * s.tokens * s.heads * s.key_dim * s.value_dim
-
-
-def _pair_flops(s: Shape) -> float:
-    """Two products over the causal half of all pairs of tokens."""
-    return s.batch * s.heads * s.time * (s.time + 1) / 2 * 2 * (s.key_dim + s.value_dim)
-
-
-def _float_bytes(tensors: int) -> Callable[[Shape], float]:
-    return lambda s: 4.0 * tensors * s.tokens * _channels(s)
-
-
-_outer, _delta = _state_flops("linear_attention"), _state_flops("delta")
+PEER = "torch/sdpa"  # what everything else is compared with
+_QKV = ("q", "k", "v")
 
 # After the slash the shape of the decay: one per head, or none; without it, key-wise (linear_attention, dplr) or none.
 CASES: Mapping[str, Case] = MappingProxyType(
     {
-        "scan": Case(
-            lambda s: (_normal(s, _channels(s)).sigmoid(), _normal(s, _channels(s))),
-            lambda a, b: ops.scan(a, b)[0],
-            _float_bytes(3),
-            bound="stream",
-            training=8 / 3,  # backward: gradient, a and h in, two gradients out
-        ),
-        "short_convolution": Case(
-            lambda s: (_normal(s, _channels(s)), torch.randn(_channels(s), 4)),
-            lambda x, weight: ops.short_convolution(x, weight)[0],
-            _float_bytes(2),
-            bound="stream",
-            training=5 / 2,  # backward: gradient and x in, one gradient out
-        ),
+        "scan": Case(("decay", "x"), ops.scan, counts.scan),
+        "short_convolution": Case(("x", "weight"), ops.short_convolution, counts.short_convolution),
+        "selective_scan": Case(("x", "dt", "spread", "state_b", "state_c"), selective_scan, counts.selective_scan),
         "linear_attention": Case(
-            lambda s: (*_qkv(s), _key_decay(s)),
-            lambda q, k, v, g: ops.linear_attention(q, k, v, g)[0],
-            _outer,
+            (*_QKV, "key_decay"), ops.linear_attention, lambda s: counts.linear_attention(s, s.key_dim)
         ),
         "linear_attention/head": Case(
-            lambda s: (*_qkv(s), _head_decay(s)),
-            lambda q, k, v, g: ops.linear_attention(q, k, v, g)[0],
-            _outer,
+            (*_QKV, "head_decay"), ops.linear_attention, lambda s: counts.linear_attention(s, 1)
         ),
-        "linear_attention/none": Case(_qkv, lambda q, k, v: ops.linear_attention(q, k, v)[0], _outer),
-        "delta_rule": Case(
-            lambda s: (*_qkv(s), _beta(s)),
-            lambda q, k, v, beta: ops.delta_rule(q, k, v, beta)[0],
-            _delta,
-        ),
-        "delta_rule/head": Case(
-            lambda s: (*_qkv(s), _beta(s), _head_decay(s)),
-            lambda q, k, v, beta, g: ops.delta_rule(q, k, v, beta, g)[0],
-            _delta,
-        ),
-        "dplr": Case(_dplr, lambda q, k, v, a, b, g: ops.dplr(q, k, v, a, b, g)[0], _delta),
-        "attention": Case(_qkv, lambda q, k, v: ops.attention(q, k, v)[0], _pair_flops, quadratic=True),
-        "torch/sdpa": Case(
-            _heads_first,
-            lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, is_causal=True),
-            _pair_flops,
-            quadratic=True,
-        ),
+        "linear_attention/none": Case(_QKV, ops.linear_attention, lambda s: counts.linear_attention(s, 0)),
+        "delta_rule": Case((*_QKV, "beta"), ops.delta_rule, lambda s: counts.delta_rule(s, 0)),
+        "delta_rule/head": Case((*_QKV, "beta", "head_decay"), ops.delta_rule, lambda s: counts.delta_rule(s, 1)),
+        "dplr": Case((*_QKV, "a", "b", "key_decay"), ops.dplr, counts.dplr),
+        "mlstm": Case((*_QKV, "log_input", "head_decay"), ops.mlstm, counts.mlstm),
+        "gated_norm": Case(("v", "gate", "norm_weight"), lambda *x: (gated_norm(*x), None), counts.gated_norm),
+        "attention": Case(_QKV, ops.attention, counts.attention, quadratic=True),
+        PEER: Case(("q_first", "k_first", "v_first"), _sdpa, counts.attention, quadratic=True),
     }
 )
-PEER = "torch/sdpa"  # what linear_attention is compared with
 
 
 def sweep(
     names: Sequence[str],
     lengths: Sequence[int],
-    shape: Shape,
     *,
     repetitions: int = 7,
     patience: float = 5.0,
-    ceiling_size: int = 1536,
-    stream_elements: int = 1 << 25,
+    ceilings: Mapping[str, int] = MappingProxyType({}),
+    **shape: int,
 ) -> Iterator[Measurement]:
     """Time every case at every length; per length all of them and the machine's ceilings take turns.
 
-    A quadratic case that would take longer than `patience` seconds, judged by the length before, is left out.
+    `shape` gives batch, heads, key_dim and value_dim of `Shape`, `ceilings` the sizes of `machine.ceilings`. A
+    quadratic case that would take longer than `patience` seconds, judged by the length before, is left out.
     Raises ValueError for an unknown name.
     """
     for name in names:
-        if name not in CASES:
-            raise ValueError(
-                f"op: there is no {name!r}{registry.did_you_mean(name, CASES)}; known are {', '.join(CASES)}"
-            )
-    ceilings = [machine.matmul(ceiling_size), machine.stream(stream_elements)]
+        _case(name)
+    limits = machine.ceilings(**ceilings)
     slow: set[str] = set()
     for length in sorted(lengths):
-        here = replace(shape, time=length)
-        present = [name for name in names if name not in slow]
-        runs = [run for name in present for run in _runs(CASES[name], here)]
-        timings = interleaved([call for call, _ in ceilings] + runs, repetitions, patience=patience)
-        rates = {
-            bound: work / timing.median
-            for bound, (_, work), timing in zip(("matmul", "stream"), ceilings, timings, strict=False)
-        }
-        for position, name in enumerate(present):
-            case = CASES[name]
-            forward, training = timings[2 + 2 * position : 4 + 2 * position]
-            work = case.work(here)
-            yield Measurement(
-                name,
-                length,
-                here.tokens,
-                forward,
-                training,
-                bound=case.bound,
-                ceiling=rates[case.bound],
-                reached=work / forward.median / rates[case.bound],
-                reached_training=case.training * work / training.median / rates[case.bound],
-            )
-            if case.quadratic and 4 * training.median > patience:
-                slow.add(name)
+        inputs = Inputs(replace(Shape(**shape), time=length))
+        present = [_candidate(name, inputs) for name in names if name not in slow]
+        for found in measure(present, limits, repetitions, patience):
+            yield found
+            if CASES[found.name].quadratic and 4 * found.training.median > patience:
+                slow.add(found.name)
 
 
-def _runs(case: Case, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+def prepare(name: str, *, length: int, **shape: int) -> Call:
+    """Forward with backward into every input of one case, as a call; its inputs are made here."""
+    return runs(_case(name), Inputs(replace(Shape(**shape), time=length)))[1]
+
+
+def runs(case: Case, inputs: Inputs) -> tuple[Call, Call]:
     """Forward without a graph, and forward with backward into every input."""
-    inputs = case.inputs(shape)
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    with torch.no_grad():
-        gradient = torch.randn_like(case.call(*inputs))
+    given = inputs.take(case.inputs)
+    leaves = [x.detach().requires_grad_() for x in given]  # the same memory
 
     def forward() -> object:
         with torch.no_grad():
-            return case.call(*inputs)
+            return case.op(*given)[0]
 
     def training() -> object:
-        return torch.autograd.grad(case.call(*leaves), leaves, gradient)
+        output = case.op(*leaves)[0]
+        return torch.autograd.grad(output, leaves, inputs.gradient(output))
 
     return forward, training
+
+
+def _candidate(name: str, inputs: Inputs) -> Candidate:
+    forward, backward = CASES[name].work(inputs.shape)
+    return Candidate(
+        name, inputs.shape.batch, inputs.shape.time, *runs(CASES[name], inputs), forward, forward + backward
+    )
+
+
+def _case(name: str) -> Case:
+    if name not in CASES:
+        raise ValueError(f"op: there is no {name!r}{registry.did_you_mean(name, CASES)}; known are {', '.join(CASES)}")
+    return CASES[name]

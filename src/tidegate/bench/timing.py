@@ -31,8 +31,10 @@ def interleaved(
 ) -> list[Timing]:
     """Time every call, one after the other in rounds, so that a busy moment of the machine hits all of them alike.
 
-    Each is called once beforehand (kernels compile). A sample of a quick call repeats it until about `shortest`
-    seconds have passed; a slow one gets as many rounds as fit into `patience` seconds, but at least one.
+    Each is called once beforehand (kernels compile), and a second time to see how long it takes. A sample of a quick
+    call repeats it until about `shortest` seconds have passed (less, if the rounds would not fit into `patience`
+    seconds); a slow one gets as many rounds as do fit. One that needs longer than that for a single call has been timed
+    by its second call already.
 
     >>> quick, slow = interleaved([lambda: None, lambda: time.sleep(0.002)], 3)
     >>> quick.median < slow.median
@@ -40,13 +42,17 @@ def interleaved(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions: seen {repetitions}, wanted at least 1")
+    if patience < 0:
+        raise ValueError(f"patience: seen {patience}, wanted seconds, at least 0")
+    shortest = min(shortest, patience / repetitions)
     loops, rounds = [], []
+    samples: list[list[float]] = []
     for call in calls:
         call()
         seconds = max(_sample(call, 1), 1e-9)
         loops.append(max(1, round(shortest / seconds)))
-        rounds.append(max(1, min(repetitions, int(patience / seconds))))
-    samples: list[list[float]] = [[] for _ in calls]
+        rounds.append(min(repetitions, int(patience / seconds)))
+        samples.append([] if rounds[-1] else [seconds])
     collecting = gc.isenabled()
     gc.disable()  # a collection would be charged to whoever happens to run
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,79 +21,141 @@ class Subject(StrEnum):
 
     ops = "ops"
     mixers = "mixers"
+    model = "model"
     decode = "decode"
 
 
-# with --quick, and without
-DEFAULT_LENGTHS = {
-    Subject.ops: ("64,128", "512,1024,2048,4096,8192"),
-    Subject.mixers: ("32,64", "1024,2048,4096,8192,16384,32768"),
-    Subject.decode: ("10,100", "100,1000,10000,100000"),
+@dataclass(frozen=True)
+class Defaults:
+    """Lengths with `--quick` and without, the batch, and the names of the sizes that the subject takes."""
+
+    quick: str
+    lengths: str
+    batch: int
+    sizes: tuple[str, ...]
+
+
+DEFAULTS = {
+    Subject.ops: Defaults("64,128", "512,1024,2048,4096,8192", 4, ("heads", "key_dim", "value_dim")),
+    Subject.mixers: Defaults("32,64", "1024,2048,4096,8192,16384,32768", 1, ("dim",)),
+    Subject.model: Defaults("32,64", "512,4096,16384", 1, ("dim", "layers", "vocabulary")),
+    Subject.decode: Defaults("10,100", "100,1000,10000,100000", 1, ("dim",)),
 }
+_QUICK = {"heads": 2, "key_dim": 16, "value_dim": 16, "dim": 32, "layers": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured, and where the results go."""
+
+    subject: Subject
+    names: list[str]
+    lengths: list[int]
+    sizes: dict[str, int]
+    repetitions: int
+    patience: float
+    coarse: bool
+    memory: bool
+    console: Any
+
+    @property
+    def rounds(self) -> dict[str, Any]:
+        """Options of the sweeps over lengths."""
+        from tidegate.bench.sweep import COARSE
+
+        found: dict[str, Any] = {"repetitions": self.repetitions, "patience": self.patience}
+        return {**found, "ceilings": COARSE} if self.coarse else found
 
 
 def bench(
     subject: Annotated[Subject, typer.Argument(help="What to time; decode is single tokens of mixers.")] = Subject.ops,
     only: Annotated[str | None, typer.Option(help="Names to time, by commas; default all.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Lengths T by commas (decode: tokens before).")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences per call; default 4 for ops, else 1.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences per call, by commas; default 4 for ops, else 1.")] = None,
+    threads: Annotated[str | None, typer.Option(help="Threads, by commas; default as PyTorch chooses.")] = None,
     heads: Annotated[int, typer.Option(min=1, help="Heads (ops).")] = 4,
     key_dim: Annotated[int, typer.Option(min=1, help="Key dimension K (ops).")] = 64,
     value_dim: Annotated[int, typer.Option(min=1, help="Value dimension V (ops).")] = 64,
-    dim: Annotated[int, typer.Option(min=1, help="Width D (mixers, decode).")] = 256,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; default as PyTorch chooses.")] = None,
+    dim: Annotated[int, typer.Option(min=1, help="Width D (mixers, model, decode).")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Layers (model).")] = 4,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Tokens in the vocabulary (model).")] = 256,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; the median of them is reported.")] = 7,
-    patience: Annotated[float, typer.Option(help="Longest time for all repetitions of one call, seconds.")] = 5.0,
+    patience: Annotated[float, typer.Option(min=0, help="Longest time for all repetitions of a call, seconds.")] = 5.0,
+    memory: Annotated[bool, typer.Option("--memory", help="Peak memory too, each case in a fresh process.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and picture.")] = Path("reports/bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it run?")] = False,
 ) -> None:
-    """Time ops or mixers: forward, and forward with backward, over lengths.
+    """Time ops, mixers or whole models: forward, and with backward, over lengths, batches and threads.
 
-    What is compared is measured in turns: all ops of a length and the machine's own ceilings; all lengths of a mixer;
-    one token after a short and a long past. Medians are reported, and the distance between quartiles as the spread.
+    What is compared is measured in turns: all ops or models of a length and the machine's own ceilings; all lengths of
+    a mixer; one token after a short and a long past. Medians are reported, and the distance between quartiles as the
+    spread. A model's training step includes the optimiser's.
     """
     from tidegate.bench import machine, report
 
-    sizes = numbers("--lengths", lengths or DEFAULT_LENGTHS[subject][not quick])
-    batch = batch or (4 if subject is Subject.ops and not quick else 1)
+    defaults = DEFAULTS[subject]
+    if memory and subject is Subject.decode:
+        raise ValueError("--memory: is of a forward and backward, which decode does not do; ask ops, mixers or model")
+    chosen = numbers("--lengths", (defaults.quick if quick else defaults.lengths) if lengths is None else lengths)
+    batches = [1 if quick else defaults.batch] if batch is None else numbers("--batch", batch)
+    counts: list[Any] = [None] if threads is None else numbers("--threads", threads)
+    given = dict(heads=heads, key_dim=key_dim, value_dim=value_dim, dim=dim, layers=layers, vocabulary=vocabulary)
+    sizes = {name: given[name] for name in defaults.sizes}
     if quick:
-        heads, key_dim, value_dim, dim = min(heads, 2), min(key_dim, 16), min(value_dim, 16), min(dim, 32)
-        repetitions, patience = min(repetitions, 2), min(patience, 0.2)
+        sizes = {name: min(size, _QUICK.get(name, size)) for name, size in sizes.items()}
+        repetitions, patience = min(repetitions, 2), min(patience, 0.02)
     out.mkdir(parents=True, exist_ok=True)  # before anything is measured: a folder that cannot be made is found now
-    names = [name.strip() for name in only.split(",")] if only else None
     console = output.console()
-    with machine.threads(threads):
-        described = machine.describe()
-        rounds: dict[str, Any] = {"repetitions": repetitions, "patience": patience}
-        if subject is Subject.ops:
-            from tidegate.bench import ops
+    names = words("--only", only) if only is not None else _all(subject, max(chosen), dim, console)
+    plan = Plan(subject, names, chosen, sizes, repetitions, patience, quick, memory, console)
+    run = _decode if subject is Subject.decode else _sweep
 
-            shape = ops.Shape(batch, max(sizes), heads, key_dim, value_dim)
-            options = {"batch": batch, "heads": heads, "key_dim": key_dim, "value_dim": value_dim}
-            coarse = {"ceiling_size": 256, "stream_elements": 1 << 18} if quick else {}
-            run: Iterable[Any] = ops.sweep(names or list(ops.CASES), sizes, shape, **rounds, **coarse)
-        else:
-            from tidegate.bench import mixers
+    results: list[Any] = []
+    used = []
+    with console.status("measuring ...") as status:
+        for count, size in product(counts, batches):
+            with machine.threads(count):
+                described = machine.describe()
+                used.append(described["threads"])
+                for result in run(plan, size):
+                    results.append(result)
+                    status.update(f"measured {_where(result)} ...")
 
-            options = {"batch": batch, "dim": dim}
-            if subject is Subject.mixers:
-                run = mixers.sweep(names or registered(), sizes, **options, **rounds)
-            else:
-                names = names or _quick_to_fill(max(sizes), dim, console)
-                run = mixers.decode(names, sizes, **options, repetitions=2 * repetitions)
-        results = _collect(run, console)
-
-    sizes_text = " ".join(f"{name}={value}" for name, value in options.items())
-    title = f"{subject.value} on {described['threads']} threads, float32: {sizes_text}"
+    used = list(dict.fromkeys(used))
+    settings = {"batch": batches, "threads": used, **{name: [size] for name, size in sizes.items()}}
+    text = " ".join(f"{name}={','.join(map(str, values))}" for name, values in settings.items())
+    title = f"{subject.value}, float32: {text}"
     if subject is Subject.decode:
         _print_decode(results, title, console)
         report.write_decode(out / "decode.png", results, title)
     else:
-        _print_lengths(results, title, console)
-        report.write_lengths(out / f"{subject.value}.png", results, title)
-    about = {"subject": subject.value, "machine": described, "options": {**options, **rounds}}
+        _print_lengths(results, title, plan)
+        training = "training step" if subject is Subject.model else "forward and backward"
+        report.write_lengths(out / f"{subject.value}.png", results, title, training)
+    options = {**sizes, "batch": batches, "threads": used, "lengths": chosen, "repetitions": repetitions}
+    about = {"subject": subject.value, "machine": described, "options": {**options, "patience": patience}}
     report.write_json(out / f"{subject.value}.json", results, about)
     console.print(Text(f"{out / subject.value}.json, {out / subject.value}.png"), soft_wrap=True)
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+def _sweep(plan: Plan, batch: int) -> Iterable[Any]:
+    import importlib
+
+    from tidegate.bench import memory
+
+    sweep: Callable[..., Iterable[Any]] = importlib.import_module(f"tidegate.bench.{plan.subject.value}").sweep
+    for found in sweep(plan.names, plan.lengths, batch=batch, **plan.sizes, **plan.rounds):
+        if plan.memory:
+            case = dict(batch=batch, length=found.length, threads=found.threads, **plan.sizes)
+            found = dataclasses.replace(found, memory=memory.peak(plan.subject.value, found.name, **case))
+        yield found
+
+
+def _decode(plan: Plan, batch: int) -> Iterable[Any]:
+    from tidegate.bench import mixers
+
+    return mixers.decode(plan.names, plan.lengths, batch=batch, repetitions=2 * plan.repetitions, **plan.sizes)
 
 
 def registered() -> list[str]:
@@ -98,6 +163,17 @@ def registered() -> list[str]:
     from tidegate import registry
 
     return registry.names()
+
+
+def _all(subject: Subject, longest: int, dim: int, console: Any) -> list[str]:
+    """What is measured if no names are given."""
+    if subject is Subject.ops:
+        from tidegate.bench import ops
+
+        return list(ops.CASES)
+    if subject is Subject.decode:
+        return _quick_to_fill(longest, dim, console)
+    return registered()
 
 
 def _quick_to_fill(context: int, dim: int, console: Any) -> list[str]:
@@ -126,55 +202,104 @@ def numbers(option: str, text: str) -> list[int]:
     return found
 
 
-def _collect(run: Iterable[Any], console: Any) -> list[Any]:
-    """All results, naming on a terminal what was measured last."""
-    results = []
-    with console.status("measuring ...") as status:
-        for result in run:
-            results.append(result)
-            at = result.length if hasattr(result, "length") else result.context
-            status.update(f"measured {result.name} at {at:,} tokens ...")
-    return results
+def words(option: str, text: str) -> list[str]:
+    """Names from a list by commas, each once.
+
+    >>> words("--only", "scan, gla")
+    ['scan', 'gla']
+    """
+    found = [part.strip() for part in text.split(",")]
+    if "" in found:
+        raise ValueError(f"{option}: seen {text!r}, wanted names by commas, as in gla,mamba2")
+    return list(dict.fromkeys(found))
 
 
-def _print_lengths(results: list[Any], title: str, console: Any) -> None:
+# -- what is shown -----------------------------------------------------------------------------------------------------
+def _where(result: Any) -> str:
+    at = result.length if hasattr(result, "length") else result.context
+    return f"{result.name} at {at:,} tokens, batch {result.batch}, threads {result.threads}"
+
+
+def _setting(results: list[Any]) -> tuple[list[str], Callable[[Any], list[str]]]:
+    """Columns for the batch and the threads, each only where it varies, and their cells."""
+    varying = [key for key in ("batch", "threads") if len({getattr(result, key) for result in results}) > 1]
+    return [f">{key}" for key in varying], lambda result: [str(getattr(result, key)) for key in varying]
+
+
+def _print_lengths(results: list[Any], title: str, plan: Plan) -> None:
     from tidegate.bench import report
-    from tidegate.bench.ops import PEER
 
-    counted = any(result.reached is not None for result in results)
-    columns = ["name", ">T", ">forward", ">spread", ">with backward", ">spread", ">ns per token", ">both"]
-    table = output.table(columns + ([">of ceiling", ">both", f">{PEER} takes"] if counted else []), title=title)
-    peers = {result.length: result.forward.median for result in results if result.name == PEER}
+    peer = _peer(plan.subject)
+    second = "training step" if plan.subject is Subject.model else "with backward"
+    setting, cells = _setting(results)
+    columns = ["name", *setting, ">T", ">forward", ">spread", f">{second}", ">spread", ">ns per token", ">both"]
+    columns += [">of ceiling", ">both"]
+    if plan.subject is Subject.model:
+        columns += [">parameters", ">tokens per second"]
+    columns += [">peak memory"] if plan.memory else []
+    columns += [f">{peer} takes", ">both"] if peer else []
+    table = output.table(columns, title=title)
+    beside = report.peers(results, peer) if peer else [None] * len(results)
     order = list(dict.fromkeys(result.name for result in results))
-    for result in sorted(results, key=lambda r: order.index(r.name)):
-        row = [result.name, f"{result.length:,}"]
+    for result, other in sorted(zip(results, beside, strict=True), key=lambda pair: order.index(pair[0].name)):
+        row = [result.name, *cells(result), f"{result.length:,}"]
         for timing in (result.forward, result.training):
             once = timing.repetitions == 1
             row += [output.duration(timing.median), "one run" if once else f"{timing.spread:.0%}"]
         row += [output.three_digits(1e9 * s) for s in (result.forward_per_token, result.training_per_token)]
-        if counted:
-            row += [f"{result.reached:.0%} {result.bound}", f"{result.reached_training:.0%}"]
-            peer = peers.get(result.length)
-            row.append(f"{output.three_digits(peer / result.forward.median)} x" if peer else "not run")
+        row += [f"{roof.reached:.0%} {roof.bound}" for roof in (result.forward_roof, result.training_roof)]
+        if plan.subject is Subject.model:
+            row += [output.count(result.parameters), f"{1 / result.training_per_token:,.0f}"]
+        row += [output.size(result.memory)] if plan.memory else []
+        if peer:
+            row += [_times(other and other.forward, result.forward), _times(other and other.training, result.training)]
         table.add_row(*row)
+    console = plan.console
     console.print(table)
-    if counted:
-        ceilings = {result.bound: result.ceiling for result in results}
-        text = {"matmul": "matmul {:.0f} GFLOP/s", "stream": "stream {:.1f} GB/s"}
-        found = [text[bound].format(rate / 1e9) for bound, rate in ceilings.items()]
-        console.print(f"Ceilings in the same rounds (longest T): {', '.join(found)}.")
-    else:  # only there do lengths take turns, so that their ratio means something
+    console.print(f"Ceilings in the same rounds (medians): {_ceilings(results)}.")
+    if plan.subject is Subject.mixers:  # only there do lengths take turns, so that their ratio means something
         shown = ", ".join(f"{name} {factor:.2f}" for name, factor in report.flatness(results).items())
         console.print(Text(f"Cost per token at the longest T over the shortest, with backward: {shown}."))
 
 
+def _peer(subject: Subject) -> str:
+    """The name that the others are compared with, as it runs in the same rounds."""
+    if subject is Subject.ops:
+        from tidegate.bench import ops
+
+        return ops.PEER
+    if subject is Subject.model:
+        from tidegate.bench import model
+
+        return model.PEER
+    return ""
+
+
+def _times(peer: Any, own: Any) -> str:
+    return f"{output.three_digits(peer.median / own.median)} x" if peer else "not run"
+
+
+def _ceilings(results: list[Any]) -> str:
+    """The machine's rates, for each number of threads."""
+    from statistics import median
+
+    found = []
+    for threads in dict.fromkeys(result.threads for result in results):
+        rates = [result.rates for result in results if result.threads == threads]
+        matmul, stream = (median(getattr(rate, kind) for rate in rates) / 1e9 for kind in ("matmul", "stream"))
+        found.append(f"matmul {matmul:.0f} GFLOP/s and stream {stream:.1f} GB/s with threads={threads}")
+    return "; ".join(found)
+
+
 def _print_decode(results: list[Any], title: str, console: Any) -> None:
     contexts = list(dict.fromkeys(result.context for result in results))
-    columns = ["name", *(f">after {context:,}" for context in contexts), ">last over first", ">state at the end"]
-    table = output.table(columns, title=title)
-    for name in dict.fromkeys(result.name for result in results):
-        own = [result for result in results if result.name == name]
-        times = [output.duration(result.step.median) for result in own]
-        ratio = own[-1].step.median / own[0].step.median
-        table.add_row(name, *times, f"{ratio:.2f}", output.size(own[-1].state_bytes))
+    setting, cells = _setting(results)
+    columns = ["name", *setting, ">called", *(f">compiled, after {context:,}" for context in contexts)]
+    table = output.table([*columns, ">last over first", ">state at the end"], title=title)
+    for name, which in dict.fromkeys((result.name, result.setting) for result in results):
+        own = [result for result in results if (result.name, result.setting) == (name, which)]
+        called = output.duration(own[0].step.median)
+        times = [called, *(output.duration(r.compiled.median) if r.compiled else "none" for r in own)]
+        ratio = own[-1].best / own[0].best
+        table.add_row(name, *cells(own[0]), *times, f"{ratio:.2f}", output.size(own[-1].state_bytes))
     console.print(table)

@@ -11,16 +11,20 @@ from rich.text import Text
 
 from tidegate.cli import output
 
-_OPS = ("scan", "linear_attention", "delta_rule", "dplr", "short_convolution", "attention")
-
 
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Measure the ceilings coarsely.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Compile all kernels now, or see that they are; nothing else is examined.")
+    ] = False,
 ) -> None:
     """Examine this installation: versions, cores, backends and why, measured ceilings, kernel cache, warnings."""
     from tidegate.bench import machine
 
+    if warm:
+        _warm(as_json)
+        return
     facts: dict[str, Any] = {**machine.describe(), "backends": backends(), "cache": cache()}
     sizes = {"size": 512, "repetitions": 3} if quick else {}
     facts["matmul_gflops"] = machine.matmul_gflops(**sizes)
@@ -42,7 +46,7 @@ def backends() -> list[dict[str, str]]:
 
     devices = ["cpu"] + [kind for kind in ("cuda", "mps", "xpu") if getattr(torch, kind).is_available()]
     found = []
-    for op in _OPS:
+    for op in ops.__all__:
         fused = Path(_folder(getattr(ops, op)), "numba_cpu.py").is_file()
         dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
         for device in devices:
@@ -90,22 +94,56 @@ def warnings(facts: dict[str, Any]) -> list[str]:
             f"PyTorch uses {facts['threads']} of {facts['cores']} cores; OMP_NUM_THREADS or torch.set_num_threads "
             "decides"
         )
-    if not facts["cache"]["writable"]:
-        found.append(
-            f"{facts['cache']['folder']} is not writable, so kernels are compiled anew in every process (seconds). "
-            "Set NUMBA_CACHE_DIR to a folder that is"
-        )
-    if facts["cache"]["stale"]:
-        found.append(
-            f"{facts['cache']['stale']} compiled kernels are older than ops/kernels.py and may not contain its "
-            "changes; `make clean` removes them"
-        )
+    found += cache_warnings(facts["cache"])
     if not {"AVX2", "NEON", "SVE"} & set(facts["simd"]):
         found.append("this processor has no AVX2 (or NEON); kernels run, but several times slower than measured")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > facts["cores"]:
         found.append(f"the machine is busy (load {load:.1f} on {facts['cores']} cores); measured figures are too low")
     return found
+
+
+def cache_warnings(cached: dict[str, Any]) -> list[str]:
+    """What is wrong with the kernel cache."""
+    found = []
+    if not cached["writable"]:
+        found.append(
+            f"{cached['folder']} is not writable, so kernels are compiled anew in every process (seconds). "
+            "Set NUMBA_CACHE_DIR to a folder that is"
+        )
+    if cached["stale"]:
+        found.append(
+            f"{cached['stale']} compiled kernels are older than ops/kernels.py and may not contain its "
+            "changes; `make clean` removes them"
+        )
+    return found
+
+
+def _warm(as_json: bool) -> None:
+    """Compile or load every kernel, and say which and how long it took."""
+    import dataclasses
+
+    from tidegate.bench.warm import warm
+
+    console = output.console()
+    with console.status("compiling ..."):
+        done = list(warm())
+    seconds, kept = sum(one.seconds for one in done), cache()
+    problems = cache_warnings(kept)
+    if as_json:
+        warmed = [dataclasses.asdict(one) for one in done]
+        output.print_json({"warmed": warmed, "seconds": seconds, "cache": kept, "warnings": problems})
+        return
+    table = output.table(("call", "direction", "compiled", "loaded from the cache", ">took"), title="Kernels")
+    for one in done:
+        table.add_row(
+            one.what, one.direction, *map(", ".join, (one.compiled, one.loaded)), output.duration(one.seconds)
+        )
+    console.print(table)
+    compiled, loaded = (sum(len(getattr(one, kind)) for one in done) for kind in ("compiled", "loaded"))
+    total = output.duration(seconds)
+    console.print(Text(f"{compiled} compiled, {loaded} loaded, {total}; kept in {kept['folder']}"), soft_wrap=True)
+    _print_warnings(problems, console)
 
 
 def _folder(function: Any) -> Path:
@@ -133,10 +171,14 @@ def _print(facts: dict[str, Any]) -> None:
     for op, device, dtypes, chosen, reason in _merged(facts["backends"]):
         table.add_row(op, device, ", ".join(dtypes), chosen, reason)
     console.print(table)
-    for warning in facts["warnings"]:
-        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
+    _print_warnings(facts["warnings"], console)
     if not facts["warnings"]:
         console.print("No problems found.")
+
+
+def _print_warnings(warnings: list[str], console: Any) -> None:
+    for warning in warnings:
+        console.print(Text.assemble(("warning: ", "bold yellow"), warning), soft_wrap=True)
 
 
 def _merged(rows: list[dict[str, str]]) -> list[tuple[str, str, list[str], str, str]]:
