@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # `import tidegate` needs this module, and must not wait a se
     from torch import Tensor
 
 BACKENDS = ("reference", "parallel", "numba")
+POINTWISE_WORTHWHILE = 1 << 12  # elements from which one kernel beats the few PyTorch calls it stands for
 _forced: str | None = None
 
 
@@ -38,8 +39,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(tensor: Tensor) -> str:
-    """The backend for an op whose main input is `tensor`."""
+def choose(tensor: Tensor, *, worthwhile: int = 0) -> str:
+    """The backend for an op whose main input is `tensor`.
+
+    For fewer elements than `worthwhile`, an op that is a handful of PyTorch calls takes those: they begin sooner.
+    """
     import torch
 
     if _forced:
@@ -48,6 +52,8 @@ def choose(tensor: Tensor) -> str:
         return "reference"  # as one scan operator over time (ops/loop.py): plain PyTorch, small, any length
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "parallel"  # torch.vmap and torch.func cannot see into a kernel
+    if worthwhile and not torch.compiler.is_compiling() and tensor.numel() < worthwhile:
+        return "parallel"
     return explain(tensor.device.type, tensor.dtype)[0]
 
 

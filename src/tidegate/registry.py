@@ -23,6 +23,7 @@ FAMILIES: Mapping[str, tuple[str, int]] = MappingProxyType(
         "linear_attention": ("decayed outer products", 5),
         "delta": ("delta rule", 9),
         "scan": ("diagonal linear recurrence", 4),
+        "selective_scan": ("selective state space", 16),
         "cell": ("nonlinear cell", 8),
     }
 )

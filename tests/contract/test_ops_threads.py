@@ -48,6 +48,17 @@ def linear_attention(*shape: int):
     return call
 
 
+def mlstm(segments):
+    q, k, v, log_input = leaf(B, T, H, K), leaf(B, T, H, K), leaf(B, T, H, V), leaf(B, T, H)
+    g, state = decay(B, T, H), (leaf(B, H, K, V), leaf(B, H, K), leaf(B, H))
+
+    def call():
+        h, last = ops.mlstm(q, k, v, log_input, g, state=state, segments=segments)
+        return h, *last
+
+    return call, (q, k, v, log_input, g, *state)
+
+
 def delta_rule(*shape: int):
     def call(segments):
         q, k, v = leaf(B, T, H, K), unit(leaf(B, T, H, K)), leaf(B, T, H, V)
@@ -65,6 +76,13 @@ def dplr(segments):
     return lambda: ops.dplr(q, k, v, -a, b, g, state=state, segments=segments), (q, k, v, a, b, g, state)
 
 
+def selective_scan(segments):
+    x, dt, z, b, c = leaf(B, T, 150), leaf(B, T, 150), leaf(B, T, 150), leaf(B, T, K), leaf(B, T, K)
+    a, d, bias, state = decay(150, K), leaf(150), leaf(150), leaf(B, 150, K)
+    options = dict(d=d, dt_bias=bias, z=z, state=state, segments=segments)
+    return lambda: ops.selective_scan(x, dt, a, b, c, **options), (x, dt, a, b, c, d, bias, z, state)
+
+
 def short_convolution(segments):
     x, weight, bias, state = leaf(B, T, K), leaf(K, 4), leaf(K), leaf(B, 3, K)
     return lambda: ops.short_convolution(x, weight, bias, state=state, segments=segments), (x, weight, bias, state)
@@ -77,10 +95,12 @@ OPS: dict[str, Callable] = {
     "linear attention, decay by head": linear_attention(H),
     "linear attention, decay by token": linear_attention(B, T, H),
     "linear attention, decay by key": linear_attention(B, T, H, K),
+    "mlstm": mlstm,
     "delta rule": delta_rule(),
     "delta rule, decay by token": delta_rule(B, T, H),
     "delta rule, decay by key": delta_rule(B, T, H, K),
     "dplr": dplr,
+    "selective scan": selective_scan,
     "short convolution": short_convolution,
 }
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from tidegate import Segments, State, mixers
-from tidegate.mixers.rg_lru import _clipped_sqrt
+from tidegate.ops.rg_lru.parallel import _clipped_sqrt
 
 
 def build(dim=8, **options):
@@ -58,7 +58,9 @@ def test_equals_the_weighted_sum():
     x = torch.randn(1, 20, 8, dtype=torch.float64)
     with torch.no_grad():
         u = mixer.xy_proj(x).chunk(2, -1)[0] * mixer.convolution.weight[:, 0] + mixer.convolution.bias
-        log_a, gated = mixer._gates(u)
+        gates = torch.einsum("bthi,hij->bthj", u.unflatten(-1, (mixer.num_heads, -1)), mixer.gate_weight)
+        r, i = (gate.flatten(-2) for gate in (gates + mixer.gate_bias).sigmoid().chunk(2, -1))
+        log_a, gated = -mixer.c * r * functional.softplus(mixer.a_param), i * u
         multiplier = torch.sqrt(1 - torch.exp(2 * log_a))
         multiplier[:, 0] = 1
         total = log_a.cumsum(1)

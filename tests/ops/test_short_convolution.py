@@ -39,12 +39,13 @@ def inputs(T, width, dtype=torch.float64, batch=B, dim=D):
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
-def results(backend, arguments, dtype=None, segments=None, with_bias=True):
+def results(backend, arguments, dtype=None, segments=None, with_bias=True, activation=None):
     """y, the tail, and the gradients of x, weight, bias and state, through both."""
     leaves = [(x if dtype is None else x.to(dtype)).clone().requires_grad_() for x in arguments]
     x, weight, bias, state = leaves
     with tidegate.backend(backend):
-        y, tail = short_convolution(x, weight, bias if with_bias else None, state=state, segments=segments)
+        options = dict(activation=activation, state=state, segments=segments)
+        y, tail = short_convolution(x, weight, bias if with_bias else None, **options)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype) for z in (y, tail)]
     loss = (y * weights[0]).sum() + (tail * weights[1]).sum()
@@ -65,7 +66,7 @@ def assert_close(seen, wanted, outputs, gradients):
 def test_parallel_and_kernel_equal_reference(T, width):
     for number, segments in enumerate(layouts(T)):
         arguments = inputs(T, width)
-        options = dict(segments=segments, with_bias=number % 2 == 0)
+        options = dict(segments=segments, with_bias=number % 2 == 0, activation=(None, "silu")[number // 2 % 2])
         wanted = results("reference", arguments, **options)
         assert_close(results("parallel", arguments, **options), wanted, 1e-9, 1e-9)
         seen = results("numba", arguments, torch.float32, **options)
@@ -134,9 +135,11 @@ def test_operators_pass_opcheck():
         for segments in (None, layouts(6)[-1]):
             codes = None if segments is None else segments.codes()
             x, weight, bias, state = (z.requires_grad_() for z in inputs(6, width, torch.float32))
-            torch.library.opcheck(module._forward_op, (x, weight, None if codes is None else bias, state, codes))
-            plain = [z.detach() for z in (x, weight, state)]
-            torch.library.opcheck(module._backward_op, (*plain, codes, plain[0], plain[2]))
+            torch.library.opcheck(
+                module._forward_op, (x, weight, None if codes is None else bias, state, codes, width == 4)
+            )
+            x, weight, bias, state = (z.detach() for z in (x, weight, bias, state))
+            torch.library.opcheck(module._backward_op, (x, weight, bias, state, codes, width == 4, x, state))
 
 
 def test_bitwise_equal_for_any_number_of_threads():

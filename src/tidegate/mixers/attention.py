@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tidegate import ops
 from tidegate.nn.mixer import GROWS, Mixer
-from tidegate.nn.parts import split_heads
-from tidegate.nn.rotary import rotary
+from tidegate.nn.parts import RMSNorm, split_heads
+from tidegate.nn.rotary import rotations, token_positions
+from tidegate.ops.pointwise import rotate
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -81,8 +82,8 @@ class Attention(Mixer):
         self.widths = (num_heads * self.width, self.groups * self.width, self.groups * self.width)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=qkv_bias, **factory)
-        self.q_norm = nn.RMSNorm(self.width, eps=norm_eps, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.width, eps=norm_eps, **factory) if qk_norm else None
+        self.q_norm = RMSNorm(self.width, eps=norm_eps, **factory) if qk_norm else None
+        self.k_norm = RMSNorm(self.width, eps=norm_eps, **factory) if qk_norm else None
         self.o_proj = nn.Linear(self.widths[0], dim, bias=False, **factory)
         self.reset_parameters()
 
@@ -110,13 +111,9 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if self.rope_theta is not None:
-            length = state["length"]
-            if segments is not None:
-                positions = segments.positions(length)
-            else:
-                positions = torch.arange(x.shape[1], device=x.device)[None]
-                positions = positions if fresh else positions + length[:, None]
-            q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
+            positions, _ = token_positions(x, state["length"], segments)
+            turn = rotations(q, positions, self.rope_theta)
+            q, k = rotate(q, *turn), rotate(k, *turn)
         # Without a past there is no mask, and the kernel can skip the upper half.
         past = None if fresh else (state["keys"], state["values"], state["length"])
         o, (keys, values, length) = ops.attention(q, k, v, window=self.window, state=past, segments=segments)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import Mixer
-from tidegate.nn.parts import ShortConvolution, l2_normalise, split_heads
+from tidegate.nn.parts import HeadNorm, check_heads, l2_normalise, split_heads
+from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import delta_rule
 from tidegate.registry import register
 from tidegate.segments import Segments
@@ -23,7 +23,7 @@ from tidegate.state import State
     arxiv="2406.06484",
     tiny=dict(num_heads=2),
 )
-class DeltaNet(Mixer):
+class DeltaNet(QKVMixer):
     """DeltaNet: every token is one gradient step on recalling its value from its key.
 
     Equation, per head (S is K x V)::
@@ -39,6 +39,8 @@ class DeltaNet(Mixer):
     Source: arXiv 2406.06484. Shapes: x, y (B, T, dim); K = expand_k dim / num_heads, V = expand_v dim / num_heads.
     State: convolution (conv_width - 1, 2 H K + H V), memory (H, K, V).
     """
+
+    always_silu = True
 
     def __init__(
         self,
@@ -58,17 +60,16 @@ class DeltaNet(Mixer):
         self.dim, self.num_heads, self.expand_k, self.expand_v = dim, num_heads, expand_k, expand_v
         self.conv_width, self.negative_eigenvalues = conv_width, negative_eigenvalues
         self.use_gate, self.norm_eps = use_gate, norm_eps
-        self.key_dim = head_width(dim, num_heads, expand_k, "expand_k")
-        self.value_dim = head_width(dim, num_heads, expand_v, "expand_v")
+        self.key_dim = check_heads(dim, num_heads, expand_k, "expand_k")
+        self.value_dim = check_heads(dim, num_heads, expand_v, "expand_v")
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
-        self.widths = (keys, keys, values)
+        self.memory_shape = (num_heads, self.key_dim, self.value_dim)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
-        self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
+        self._build_qkv((keys, keys, values), factory)
         self.beta_proj = nn.Linear(dim, num_heads, bias=False, **factory)
         self.gate_proj = nn.Linear(dim, values, bias=False, **factory) if use_gate else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **factory)
+        self.norm = HeadNorm(self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(values, dim, bias=False, **factory)
 
     def reset_parameters(self) -> None:
@@ -76,23 +77,12 @@ class DeltaNet(Mixer):
         for part in self.children():
             part.reset_parameters()  # type: ignore[operator]
 
-    def state_spec(self):
-        memory = {"memory": (self.num_heads, self.key_dim, self.value_dim)}
-        if not self.conv_width:
-            return memory
-        return {"convolution": ((self.conv_width - 1, sum(self.widths)), "input"), **memory}
-
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
-        new: dict[str, Tensor] = {}
-        qkv = self.qkv_proj(x)
-        if self.convolution is None:
-            qkv = nn.functional.silu(qkv)
-        else:
-            qkv, new["convolution"] = self.convolution(qkv, state["convolution"], segments)
-        q, k, v = (split_heads(part, self.num_heads) for part in qkv.split(self.widths, -1))
+        qkv, new = self._qkv(x, state, segments)
+        q, k, v = (split_heads(part, self.num_heads) for part in qkv)
         beta = self.beta_proj(x).sigmoid() * (2 if self.negative_eigenvalues else 1)
         o, new["memory"] = delta_rule(
             l2_normalise(q),
@@ -103,20 +93,5 @@ class DeltaNet(Mixer):
             state=state["memory"],
             segments=segments,
         )
-        y = self.norm(o).flatten(-2)
-        if self.gate_proj is not None:
-            y = y * nn.functional.silu(self.gate_proj(x))
+        y = self.norm(o, None if self.gate_proj is None else self.gate_proj(x))
         return self.o_proj(y), State(new)
-
-
-def head_width(dim: int, num_heads: int, expand: float, name: str) -> int:
-    """expand * dim / num_heads. Raises ValueError unless that is a whole number of at least one."""
-    if num_heads < 1 or expand <= 0:
-        raise ValueError(f"num_heads, {name}: seen {num_heads} and {expand}, wanted positive numbers")
-    width = expand * dim / num_heads
-    if width < 1 or width != int(width):
-        raise ValueError(
-            f"num_heads: {name} * dim / num_heads = {expand} * {dim} / {num_heads} = {width:g} channels per head; "
-            "wanted a whole number"
-        )
-    return int(width)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.parts import ShortConvolution, l2_normalise, log_uniform_steps, split_heads
+from tidegate.nn.mixer import accumulation_dtype
+from tidegate.nn.parts import HeadNorm, l2_normalise, log_uniform_steps, split_heads
+from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import delta_rule
 from tidegate.registry import register
 from tidegate.segments import Segments
@@ -23,7 +24,7 @@ from tidegate.state import State
     arxiv="2412.06464",
     tiny=dict(num_heads=2, head_dim=8, expand_v=1.5),
 )
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(QKVMixer):
     """Gated DeltaNet: forget everything a little (alpha), overwrite one association (beta).
 
     Equation, per value head (S is K x V)::
@@ -43,6 +44,7 @@ class GatedDeltaNet(Mixer):
     State: convolution (conv_width - 1, 2 H K + Hv V), memory (Hv, K, V).
     """
 
+    always_silu = True
     no_weight_decay = ("log_a", "dt_bias")
 
     def __init__(
@@ -79,17 +81,16 @@ class GatedDeltaNet(Mixer):
             )
         self.key_dim, self.value_dim = int(key_dim), int(value_dim)
         keys, values = num_heads * self.key_dim, self.heads * self.value_dim
-        self.widths = (keys, keys, values)
+        self.memory_shape = (self.heads, self.key_dim, self.value_dim)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
-        self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
+        self._build_qkv((keys, keys, values), factory)
         self.beta_proj = nn.Linear(dim, self.heads, bias=False, **factory)
         self.decay_proj = nn.Linear(dim, self.heads, bias=False, **factory)
         self.log_a = nn.Parameter(torch.empty(self.heads, **factory))
         self.dt_bias = nn.Parameter(torch.empty(self.heads, **factory))
         self.gate_proj = nn.Linear(dim, values, bias=False, **factory) if use_gate else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **factory)
+        self.norm = HeadNorm(self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(values, dim, bias=False, **factory)
         self.reset_parameters()
 
@@ -101,23 +102,11 @@ class GatedDeltaNet(Mixer):
             self.log_a.copy_((16 * torch.rand(self.heads)).clamp(min=1e-4).log())
             self.dt_bias.copy_(log_uniform_steps(self.heads))
 
-    def state_spec(self):
-        memory = {"memory": (self.heads, self.key_dim, self.value_dim)}
-        if not self.conv_width:
-            return memory
-        return {"convolution": ((self.conv_width - 1, sum(self.widths)), "input"), **memory}
-
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
-        new: dict[str, Tensor] = {}
-        qkv = self.qkv_proj(x)
-        if self.convolution is None:
-            qkv = nn.functional.silu(qkv)
-        else:
-            qkv, new["convolution"] = self.convolution(qkv, state["convolution"], segments)
-        q, k, v = qkv.split(self.widths, -1)
+        (q, k, v), new = self._qkv(x, state, segments)
         q, k = l2_normalise(split_heads(q, self.num_heads)), l2_normalise(split_heads(k, self.num_heads))
         if self.heads != self.num_heads:
             q, k = (part.repeat_interleave(self.heads // self.num_heads, 2) for part in (q, k))
@@ -134,7 +123,5 @@ class GatedDeltaNet(Mixer):
             state=state["memory"],
             segments=segments,
         )
-        y = self.norm(o).flatten(-2)
-        if self.gate_proj is not None:
-            y = y * nn.functional.silu(self.gate_proj(x))
+        y = self.norm(o, None if self.gate_proj is None else self.gate_proj(x))
         return self.o_proj(y), State(new)

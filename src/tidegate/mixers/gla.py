@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.parts import ShortConvolution, check_heads, split_heads
+from tidegate.nn.mixer import accumulation_dtype
+from tidegate.nn.parts import HeadNorm, check_heads, split_heads
+from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import linear_attention
+from tidegate.ops.pointwise import log_sigmoid
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -31,7 +32,7 @@ from tidegate.state import State
         "no-gate": dict(gate="none"),
     },
 )
-class GatedLinearAttention(Mixer):
+class GatedLinearAttention(QKVMixer):
     """Gated linear attention (GLA).
 
     Equation, per head (S is K x V, alpha_t scales its rows)::
@@ -84,19 +85,19 @@ class GatedLinearAttention(Mixer):
             raise ValueError(f"num_kv_heads: seen {num_kv_heads}, wanted a divisor of num_heads = {num_heads}")
         if gate not in ("key", "scalar", "fixed", "none"):
             raise ValueError(f"gate: seen {gate!r}, wanted 'key', 'scalar', 'fixed' or 'none'")
-        self.widths = (num_heads * self.key_dim, self.kv_heads * self.key_dim, self.kv_heads * self.value_dim)
+        self.memory_shape = (num_heads, self.key_dim, self.value_dim)
+        widths = (num_heads * self.key_dim, self.kv_heads * self.key_dim, self.kv_heads * self.value_dim)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
-        self.convolution = ShortConvolution(sum(self.widths), conv_width, **factory) if conv_width else None
+        self._build_qkv(widths, factory)
         if gate in ("key", "scalar"):
-            gates = self.widths[1] if gate == "key" else self.kv_heads
+            gates = widths[1] if gate == "key" else self.kv_heads
             self.gate_down = nn.Linear(dim, gate_rank, bias=False, **factory)
             self.gate_up = nn.Linear(gate_rank, gates, bias=False, **factory)
             self.gate_bias_parameter = nn.Parameter(torch.empty(gates, **factory))
         values = num_heads * self.value_dim
         self.output_gate = nn.Linear(dim, values, bias=False, **factory) if use_output_gate else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **factory)
+        self.norm = HeadNorm(self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(values, dim, bias=False, **factory)
         self.reset_parameters()
 
@@ -117,21 +118,11 @@ class GatedLinearAttention(Mixer):
         if self.convolution is not None:
             self.convolution.reset_parameters()
 
-    def state_spec(self) -> dict[str, Any]:
-        spec: dict[str, Any] = {}
-        if self.conv_width:
-            spec["convolution"] = ((self.conv_width - 1, sum(self.widths)), "input")
-        return {**spec, "memory": (self.num_heads, self.key_dim, self.value_dim)}
-
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
-        new: dict[str, Tensor] = {}
-        qkv = self.qkv_proj(x)
-        if self.convolution is not None:
-            qkv, new["convolution"] = self.convolution(qkv, state["convolution"], segments)
-        q, k, v = qkv.split(self.widths, -1)
+        (q, k, v), new = self._qkv(x, state, segments)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
         log_decay = self._log_decay(x)
         if (groups := self.num_heads // self.kv_heads) > 1:
@@ -140,9 +131,7 @@ class GatedLinearAttention(Mixer):
                 log_decay = log_decay.repeat_interleave(groups, 2)  # type: ignore[union-attr]
         scale = self.key_dim**-0.5
         o, new["memory"] = linear_attention(q, k, v, log_decay, scale=scale, state=state["memory"], segments=segments)
-        y = self.norm(o).flatten(-2)
-        if self.output_gate is not None:
-            y = y * functional.silu(self.output_gate(x))
+        y = self.norm(o, None if self.output_gate is None else self.output_gate(x))
         return self.o_proj(y), State(new)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
@@ -150,9 +139,8 @@ class GatedLinearAttention(Mixer):
             return None
         if self.gate == "fixed":
             return retention_log_decay(self.num_heads, x)
-        logits = self.gate_up(self.gate_down(x)) + self.gate_bias_parameter
-        # A decay of 0.999 has no room in half precision.
-        log_decay = functional.logsigmoid(logits.to(accumulation_dtype(x.dtype))) / self.gate_temperature
+        logits = self.gate_up(self.gate_down(x))
+        log_decay = log_sigmoid(logits, self.gate_bias_parameter, 1 / self.gate_temperature)
         return log_decay if self.gate == "scalar" else split_heads(log_decay, self.kv_heads)
 
 

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tidegate.nn.mixer import Mixer
-from tidegate.nn.parts import check_heads, split_heads
+from tidegate.nn.parts import HeadNorm, check_heads, split_heads
 from tidegate.ops import linear_attention
+from tidegate.ops.pointwise import elu_plus_one
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu+1": lambda x: functional.elu(x) + 1,
+    "elu+1": elu_plus_one,
     "relu": functional.relu,
     "softmax": lambda x: x.softmax(-1),
     "identity": lambda x: x,
@@ -75,7 +76,7 @@ class LinearAttention(Mixer):
             raise ValueError("normalise: the identity feature map has no positive normaliser; use normalise=False")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False, **factory)
-        self.norm = None if normalise else nn.RMSNorm(self.head_dim, eps=1e-5, **factory)
+        self.norm = None if normalise else HeadNorm(self.head_dim, eps=1e-5, **factory)
         self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
 
     def reset_parameters(self) -> None:
@@ -95,5 +96,5 @@ class LinearAttention(Mixer):
         if self.normalise:
             v = functional.pad(v, (0, 1), value=1.0)  # the normaliser is the memory of a constant one
         o, memory = linear_attention(phi(q), phi(k), v, state=state["memory"], segments=segments)
-        o = self.norm(o) if self.norm is not None else o[..., :-1] / (o[..., -1:] + self.eps)
-        return self.o_proj(o.flatten(-2)), State(memory=memory)
+        y = self.norm(o) if self.norm is not None else (o[..., :-1] / (o[..., -1:] + self.eps)).flatten(-2)
+        return self.o_proj(y), State(memory=memory)

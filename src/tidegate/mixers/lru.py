@@ -112,10 +112,11 @@ class LRU(Mixer):
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
-        inputs = functional.linear(x, self.input_weight.flatten(0, 1)).to(accumulation_dtype(x.dtype))
+        weight: Tensor = self.input_weight
+        if self.gamma_log is not None:  # gamma B is smaller than B x
+            weight = torch.exp(self.gamma_log)[:, None, None] * weight
+        inputs = functional.linear(x, weight.flatten(0, 1)).to(accumulation_dtype(x.dtype))
         inputs = inputs.unflatten(-1, (-1, 2))  # (B, T, N, 2)
-        if self.gamma_log is not None:
-            inputs = inputs * torch.exp(self.gamma_log.to(inputs.dtype))[:, None]
         h, memory = scan(self.eigenvalues(), torch.view_as_complex(inputs), state=state["memory"], segments=segments)
         y = functional.linear(torch.view_as_real(h).flatten(-2).to(x.dtype), self.output_weight.flatten(1))
-        return y + self.skip * x, State(memory=memory)
+        return torch.addcmul(y, self.skip, x), State(memory=memory)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tidegate.nn.mixer import Mixer, accumulation_dtype
 from tidegate.nn.parts import ShortConvolution, log_uniform_steps, split_heads
-from tidegate.ops import linear_attention
+from tidegate.ops import gated_norm, linear_attention
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -91,7 +91,6 @@ class Mamba2(Mixer):
         self.log_a = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **factory))
         self.d = nn.Parameter(torch.empty(self.num_heads, **factory))
-        self.norm = nn.RMSNorm(self.inner // num_groups, eps=norm_eps, elementwise_affine=False) if use_norm else None
         self.norm_weight = nn.Parameter(torch.empty(self.inner, **factory)) if use_norm else None
         self.o_proj = nn.Linear(self.inner, dim, bias=False, **factory)
         self.reset_parameters()
@@ -139,13 +138,12 @@ class Mamba2(Mixer):
             state=state["memory"],
             segments=segments,
         )
-        y = self._gated((o + self.d[:, None] * u).flatten(-2), functional.silu(z))
+        y = self._gated(torch.addcmul(o, self.d[:, None], u).flatten(-2), z)
         return self.o_proj(y), State(convolution=tail, memory=memory)
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        if self.norm is None or self.norm_weight is None:
-            return y * gate
-        if not self.norm_before_gate:
-            y = y * gate
-        y = self.norm(split_heads(y, self.num_groups)).flatten(-2) * self.norm_weight
-        return y * gate if self.norm_before_gate else y
+        if self.norm_weight is None:
+            return y * functional.silu(gate)
+        y, gate = split_heads(y, self.num_groups), split_heads(gate, self.num_groups)
+        weight = self.norm_weight.view(self.num_groups, -1)
+        return gated_norm(y, gate, weight, eps=self.norm_eps, norm_before_gate=self.norm_before_gate).flatten(-2)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tidegate.mixers.gla import retention_log_decay
 from tidegate.nn.mixer import Mixer
-from tidegate.nn.parts import check_heads, split_heads
-from tidegate.nn.rotary import rotary
+from tidegate.nn.parts import HeadNorm, check_heads, split_heads
+from tidegate.nn.rotary import rotations, token_positions
 from tidegate.ops import linear_attention
+from tidegate.ops.pointwise import rotate
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -69,7 +69,7 @@ class RetNet(Mixer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(dim, sum(self.widths), bias=False, **factory)
         self.output_gate = nn.Linear(dim, values, bias=False, **factory) if use_output_gate else None
-        self.norm = nn.RMSNorm(self.value_dim, eps=norm_eps, **factory)
+        self.norm = HeadNorm(self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(values, dim, bias=False, **factory)
         self.reset_parameters()
 
@@ -94,7 +94,8 @@ class RetNet(Mixer):
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv_proj(x).split(self.widths, -1))
         position, following = token_positions(x, state["position"], segments)
         if self.rope_theta is not None:
-            q, k = rotary(q, position, self.rope_theta), rotary(k, position, self.rope_theta)
+            turn = rotations(q, position, self.rope_theta)
+            q, k = rotate(q, *turn), rotate(k, *turn)
         o, memory = linear_attention(
             q,
             k,
@@ -104,17 +105,5 @@ class RetNet(Mixer):
             state=state["memory"],
             segments=segments,
         )
-        y = self.norm(o).flatten(-2)
-        if self.output_gate is not None:
-            y = y * functional.silu(self.output_gate(x))
+        y = self.norm(o, None if self.output_gate is None else self.output_gate(x))
         return self.o_proj(y), State(position=following, memory=memory)
-
-
-def token_positions(x: Tensor, before: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
-    """(B, T) positions of tokens in their documents after `before` (B,) earlier ones, and (B,) the count at the end."""
-    if segments is None:
-        positions = before[:, None] + torch.arange(x.shape[1], device=x.device)
-        return positions, before + x.shape[1]
-    ours = segments.in_last_document()
-    continues = ~(segments.starts.any(1))
-    return segments.positions(before), ours.sum(1) + torch.where(continues, before, 0)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from tidegate.nn.mixer import Mixer, accumulation_dtype
 from tidegate.nn.parts import ShortConvolution, check_heads, inverse_softplus
 from tidegate.ops import scan
+from tidegate.ops.rg_lru import rg_lru_gates
 from tidegate.registry import register
 from tidegate.segments import Segments, zero_padding
 from tidegate.state import State
@@ -118,21 +119,12 @@ class RGLRU(Mixer):
         x, state = self.prepare(x, state, segments)
         u, branch = self.xy_proj(x).chunk(2, -1)
         u, tail = self.convolution(u, state["convolution"], segments)
-        log_a, gated = self._gates(u)
+        gates = torch.einsum("bthi,hij->bthj", u.unflatten(-1, (self.num_heads, -1)), self.gate_weight) + self.gate_bias
         first, started = _first_tokens(state["started"], x, segments)
-        multiplier = torch.where(first[..., None], 1, _clipped_sqrt(-torch.expm1(2 * log_a)))
-        h, memory = scan(torch.exp(log_a), multiplier * gated, state=state["memory"], segments=segments)
+        rate = self.c * functional.softplus(self.a_param.to(accumulation_dtype(x.dtype)))
+        h, memory = scan(*rg_lru_gates(u, gates, rate, first), state=state["memory"], segments=segments)
         y = self.o_proj(h.to(x.dtype) * functional.gelu(branch, approximate="tanh"))
         return zero_padding(y, segments), State(convolution=tail, memory=memory, started=started)
-
-    def _gates(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log a (B, T, W) and the gated input i * u, both at least float32."""
-        wide = accumulation_dtype(u.dtype)
-        blocks = u.unflatten(-1, (self.num_heads, -1))
-        gates = torch.einsum("bthi,hij->bthj", blocks, self.gate_weight) + self.gate_bias
-        r, i = (gate.flatten(-2) for gate in torch.sigmoid(gates.to(wide)).chunk(2, -1))
-        log_a = -self.c * r * functional.softplus(self.a_param.to(wide))
-        return log_a, i * u.to(wide)
 
 
 def _first_tokens(started: Tensor, x: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
@@ -143,10 +135,3 @@ def _first_tokens(started: Tensor, x: Tensor, segments: Segments | None) -> tupl
     count = segments.valid.cumsum(1)
     first = segments.starts | (segments.valid & (count == 1) & fresh)
     return first, torch.maximum(started, count[:, -1:].clamp(max=1))
-
-
-def _clipped_sqrt(z: Tensor) -> Tensor:
-    """sqrt(z), with the derivative 1 / sqrt(max(4 z, 1e-6))."""
-    small = 4 * z < 1e-6
-    root = torch.sqrt(torch.where(small, 1, z))
-    return torch.where(small, torch.sqrt(z.detach()) + 1e3 * (z - z.detach()), root)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.parts import l2_normalise, split_heads, token_shift
+from tidegate.nn.parts import token_shift
 from tidegate.ops import dplr
+from tidegate.ops.pointwise import token_mix
+from tidegate.ops.rwkv7 import rwkv7_keys, rwkv7_output
 from tidegate.registry import register
 from tidegate.segments import Segments, zero_padding
 from tidegate.state import State
@@ -144,28 +146,24 @@ class RWKV7(Mixer):
         x, state = self.prepare(x, state, segments)
         wide = accumulation_dtype(x.dtype)
         shifted, x_prev = token_shift(x, state["x_prev"], segments)
-        change = shifted - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, change, mix) for mix in self.mix)
+        xr, xw, xk, xv, xa, xg = token_mix(x, shifted, self.mix)
 
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         d = self.decay_bias + torch.tanh(xw @ self.decay_down) @ self.decay_up
         log_decay = -math.exp(-0.5) * d.to(wide).sigmoid()
-        a = torch.sigmoid(self.a_bias + (xa @ self.a_down) @ self.a_up)
+        rate = self.a_bias + (xa @ self.a_down) @ self.a_up
         gate = torch.sigmoid(xg @ self.gate_down) @ self.gate_up
         v = self._value_residual(v, xv, side)
 
-        r, v, a, log_decay = (split_heads(part, self.num_heads) for part in (r, v, a, log_decay))
-        # The floor of the norm stands inside the root, where its derivatives stay finite on padding.
-        removed = l2_normalise(split_heads(k * self.k_k, self.num_heads).to(wide), eps=1e-12)
-        k = split_heads(k, self.num_heads) * (1 + (a - 1) * self.k_a.view(self.num_heads, self.head_dim))
-        rate = 2 * a if self.negative_eigenvalues else a
-        o, memory = dplr(r, k, v, -removed, rate * removed, log_decay, state=state["memory"], segments=segments)
+        def heads(part: Tensor) -> Tensor:
+            return part.unflatten(-1, (self.num_heads, self.head_dim))
 
-        o = nn.functional.layer_norm(o, (self.head_dim,), eps=1e-5 * self.head_dim).flatten(-2)
-        o = torch.addcmul(self.norm_bias, o, self.norm_weight)
-        o = o + ((r * k * self.bonus).sum(-1, keepdim=True) * v).flatten(-2)
+        r, k, v, rate, gate, log_decay = map(heads, (r, k, v, rate, gate, log_decay))
+        k, reads, writes = rwkv7_keys(k, rate, heads(self.k_k), heads(self.k_a), rate=1 + self.negative_eigenvalues)
+        o, memory = dplr(r, k, v, reads, writes, log_decay, state=state["memory"], segments=segments)
+        y = rwkv7_output(o, r, k, v, gate, self.bonus, heads(self.norm_weight), heads(self.norm_bias)).flatten(-2)
         # The norm's bias speaks on padding too.
-        return zero_padding(self.o_proj(o * gate), segments), State(x_prev=x_prev, memory=memory)
+        return zero_padding(self.o_proj(y), segments), State(x_prev=x_prev, memory=memory)
 
     def _value_residual(self, v: Tensor, xv: Tensor, side: dict[str, Tensor] | None) -> Tensor:
         """The first layer leaves its values in `side`, later ones move towards them."""

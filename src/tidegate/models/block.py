@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tidegate import registry
 from tidegate.models import feed_forward as parts
 from tidegate.nn.mixer import Mixer
+from tidegate.nn.parts import RMSNorm
 from tidegate.segments import Segments
 from tidegate.state import State
 
@@ -43,10 +44,10 @@ class Block(nn.Module):
         place = {"layer_index": layer_index, "num_layers": num_layers}
         takes = registry.info(name).options
         given = {key: value for key, value in place.items() if key in takes and key not in options}
-        self.mixer_norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
+        self.mixer_norm = RMSNorm(dim, eps=norm_eps, **factory)
         self.mixer = registry.build(name, dim, **given, **options, **factory)
         self.feed_forward = parts.build(feed_forward, dim, feed_forward_dim, **place, **factory)
-        self.feed_forward_norm = None if self.feed_forward is None else nn.RMSNorm(dim, eps=norm_eps, **factory)
+        self.feed_forward_norm = None if self.feed_forward is None else RMSNorm(dim, eps=norm_eps, **factory)
         self.dropout = nn.Dropout(dropout)
         self.takes_side = "side" in inspect.signature(self.mixer.forward).parameters
 

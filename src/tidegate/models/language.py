@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tidegate.models import folder as files
 from tidegate.models.block import Block
 from tidegate.models.layers import Layers, parse
+from tidegate.nn.parts import RMSNorm
 from tidegate.segments import Segments
 from tidegate.state import State
 
@@ -84,7 +85,7 @@ class LanguageModel(nn.Module):
             )
             for index, (name, options) in enumerate(self.layers)
         )
-        self.norm = nn.RMSNorm(dim, eps=norm_eps, **factory)
+        self.norm = RMSNorm(dim, eps=norm_eps, **factory)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False, **factory)
         self.reset_parameters()
 

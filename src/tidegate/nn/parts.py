@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.ops import short_convolution
+from tidegate.ops import gated_norm, short_convolution
+from tidegate.ops.pointwise import swiglu
 from tidegate.segments import Segments
 
 
@@ -43,11 +44,26 @@ class ShortConvolution(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, tail: Tensor | None = None, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
-        y, tail = short_convolution(x, self.weight, self.bias, state=tail, segments=segments)
-        return (nn.functional.silu(y) if self.activation else y), tail
+        activation = "silu" if self.activation else None
+        return short_convolution(x, self.weight, self.bias, activation=activation, state=tail, segments=segments)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, width={self.width}, bias={self.bias is not None}, activation={self.activation}"
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over the last axis in one pass over memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gated_norm(x, weight=self.weight, eps=self.eps or 0.0)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head, times silu(gate): o (B, T, H, V), gate (B, T, H * V) or None -> (B, T, H * V)."""
+
+    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+        gate = None if gate is None else split_heads(gate, o.shape[-2])
+        return gated_norm(o, gate, self.weight, eps=self.eps or 0.0).flatten(-2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -70,7 +86,8 @@ def check_heads(dim: int, num_heads: int, expand: float = 1.0, option: str = "nu
 
 def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(sum x^2 + eps) over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    width = x.shape[-1]
+    return gated_norm(x, weight=x.new_full((width,), width**-0.5), eps=eps / width)
 
 
 def token_shift(x: Tensor, last: Tensor, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
@@ -126,5 +143,4 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        return self.down(swiglu(self.gate_and_up(x)))

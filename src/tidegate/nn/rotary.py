@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from tidegate.ops.pointwise import rotate
+from tidegate.segments import Segments
+
 
 def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     """Turn channel pairs by angles proportional to the position, for any position: there is no table to outgrow.
@@ -22,12 +25,24 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     >>> torch.allclose(near.sum(), far.sum(), atol=1e-4)
     True
     """
+    return rotate(x, *rotations(x, positions, theta))
+
+
+def rotations(x: Tensor, positions: Tensor, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """The cosines and sines by which `rotate` turns x, queries and keys alike: (B or 1, T, D/2), at least float32."""
     half = x.shape[-1] // 2
     # Angles in float64, reduced to one turn: in float32 position 100,000 would be off by 0.006.
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = (positions[..., None] * frequency).remainder(2 * math.pi)[:, :, None]  # (B, T, 1, D/2)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    angle = angle.to(wide)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.to(wide).split(half, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    angle = (positions[..., None] * frequency).remainder(2 * math.pi)
+    angle = angle.to(torch.promote_types(x.dtype, torch.float32))
+    return angle.cos(), angle.sin()
+
+
+def token_positions(x: Tensor, before: Tensor, segments: Segments | None) -> tuple[Tensor, Tensor]:
+    """(B, T) positions of tokens in their documents after `before` (B,) earlier ones, and (B,) the count at the end."""
+    if segments is None:
+        positions = before[:, None] + torch.arange(x.shape[1], device=x.device)
+        return positions, before + x.shape[1]
+    ours = segments.in_last_document()
+    continues = ~(segments.starts.any(1))
+    return segments.positions(before), ours.sum(1) + torch.where(continues, before, 0)

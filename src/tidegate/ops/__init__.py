@@ -3,7 +3,20 @@
 from tidegate.ops.attention import attention
 from tidegate.ops.convolution import short_convolution
 from tidegate.ops.delta import delta_rule, dplr
+from tidegate.ops.gated_norm import gated_norm
 from tidegate.ops.linear_attention import linear_attention
+from tidegate.ops.mlstm import mlstm
 from tidegate.ops.scan import scan
+from tidegate.ops.selective_scan import selective_scan
 
-__all__ = ["attention", "delta_rule", "dplr", "linear_attention", "scan", "short_convolution"]
+__all__ = [
+    "attention",
+    "delta_rule",
+    "dplr",
+    "gated_norm",
+    "linear_attention",
+    "mlstm",
+    "scan",
+    "selective_scan",
+    "short_convolution",
+]

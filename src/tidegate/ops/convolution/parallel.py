@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tidegate.segments import Segments
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, segments: Segments | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, segments: Segments | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """One product per column of `weight`, on the inputs behind the tail of the earlier call."""
-    width = weight.shape[1]
-    if segments is not None:
-        return _with_segments(x, weight, bias, state, segments)
-    time = x.shape[1]
+    if segments is None:
+        y, tail = _without_segments(x, weight, bias, state)
+    else:
+        y, tail = _with_segments(x, weight, bias, state, segments)
+    return (functional.silu(y) if silu else y), tail
+
+
+def _without_segments(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    width, time = weight.shape[1], x.shape[1]
     extended = torch.cat([state, x], dim=1)  # (B, W - 1 + T, D)
     y = x * weight[:, width - 1]
     for column in range(width - 1):

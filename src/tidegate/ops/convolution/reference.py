@@ -10,7 +10,7 @@ from tidegate.segments import Segments
 
 
 def short_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, segments: Segments | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, segments: Segments | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """The definition: slide a window of the last W real inputs along each row."""
     everywhere = torch.ones_like(x[..., 0], dtype=torch.bool)
@@ -25,6 +25,7 @@ def short_convolution(
         window = torch.cat([window, now[:, None]], dim=1)  # (B, W, D)
         y = torch.einsum("bwd,dw->bd", window, weight)
         y = y if bias is None else y + bias
+        y = torch.nn.functional.silu(y) if silu else y
         # 3. The oldest token leaves it. Padding changes nothing.
         return (torch.where(real[..., None], window[:, 1:], tail),), torch.where(real, y, 0)
 

@@ -24,7 +24,7 @@ def scan(a: Tensor, b: Tensor, state: Tensor, segments: Segments | None, reverse
     codes = None if segments is None else segments.codes()
     if b.is_complex() or a.is_complex() or state.is_complex():
         a, b, state = a.to(torch.complex64), b.to(torch.complex64), state.to(torch.complex64)
-    return _forward_op(a, b, state, codes, reverse)
+    return _call(a, b, state, codes, reverse)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -177,12 +177,13 @@ def _setup_context(ctx, inputs, output):
 def _backward_formula(ctx, dh, dlast):
     a, h, state, codes = ctx.saved_tensors
     # With create_graph=True the gradients are wanted as functions of a, h, state and theirs.
-    formula = _differentiable_backward if torch.is_grad_enabled() else _backward_op
+    formula = _differentiable_backward if torch.is_grad_enabled() else _call_backward
     da, db, dstate = formula(a, h, state, codes, ctx.reverse, dh, dlast)
     return da, db, dstate, None, None
 
 
 _forward_op.register_autograd(_backward_formula, setup_context=_setup_context)
+_call, _call_backward = kernels.direct(_forward_op, _setup_context, _backward_formula), kernels.direct(_backward_op)
 
 
 def _differentiable_backward(a, h, state, codes, reverse, dh, dlast):
