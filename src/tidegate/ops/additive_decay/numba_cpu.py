@@ -82,7 +82,7 @@ def _backward(begin, end, block, share, codes, state, dshare, dlog_decay, dlast,
 @jit_views
 def _token_backward(at, row, width, first, starts, share, state, dshare, dlog_decay, dx, dz):
     wide_vectors()
-    zero, one, halfway = fill(ZERO), fill(ONE), fill(HALFWAY)
+    one, halfway = fill(ONE), fill(HALFWAY)
     for c in range(0, width, LANES):
         some = min(LANES, width - c)
         p, flow = load_some(share, at + c, some), load_some(dz, row + c, some)
@@ -115,7 +115,7 @@ def _forward_op(x: Tensor, state: Tensor, codes: Tensor | None) -> tuple[Tensor,
     share, log_decay = ((torch.empty if codes is None else torch.zeros)(x.shape) for _ in range(2))
     last = torch.empty(state.shape)
     _run(_forward, x, codes, state, share, log_decay, last)
-    return share, log_decay, torch.where(last < -HALFWAY, -torch.inf, last)
+    return share, log_decay, torch.where(last < -float(HALFWAY), -torch.inf, last)
 
 
 @torch.library.custom_op("tidegate::additive_decay_backward", mutates_args=(), device_types="cpu")

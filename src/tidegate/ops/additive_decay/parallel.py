@@ -20,12 +20,11 @@ def additive_decay(x: Tensor, state: Tensor, segments: Segments | None) -> tuple
 
     z, shift, time = x, 1, x.shape[1]
     while shift < time:  # afterwards z_t covers the 2 * shift tokens up to t that belong to its document
-        z = torch.logaddexp(
-            z, torch.where(documents == _later(documents, shift, -1), _later(z, shift, nothing), nothing)
-        )
+        ours = documents == _later(documents, shift, -1)
+        z = _add(z, torch.where(ours, _later(z, shift, nothing), nothing), nothing)
         shift *= 2
     before = torch.where(state == -torch.inf, nothing, state)[:, None]
-    z = torch.where(documents == 0, torch.logaddexp(z, before), z)
+    z = torch.where(documents == 0, _add(z, before, nothing), z)
 
     past = torch.where(documents == _later(documents, 1, -1), _later(z, 1, nothing), nothing)
     first = torch.arange(time, device=x.device)[:, None] == 0
@@ -33,9 +32,15 @@ def additive_decay(x: Tensor, state: Tensor, segments: Segments | None) -> tuple
     empty = past < nothing / 2
     ahead = torch.where(empty, 0, x - past)
     share = torch.where(valid, torch.where(empty, 1, torch.sigmoid(ahead)), 0)
-    log_decay = torch.where(valid & ~empty, -functional.softplus(ahead), 0)
+    log_decay = torch.where(valid & ~empty, functional.logsigmoid(-ahead), 0)
     last = z[:, -1]
     return share, log_decay, torch.where(last < nothing / 2, -torch.inf, last)
+
+
+def _add(a: Tensor, b: Tensor, nothing: float) -> Tensor:
+    """log(exp a + exp b), differentiable twice for any a and b, `nothing` included."""
+    empty = a < nothing / 2
+    return torch.where(empty, b, a - functional.logsigmoid(torch.where(empty, 0, a - b)))
 
 
 def _later(x: Tensor, steps: int, fill: float) -> Tensor:

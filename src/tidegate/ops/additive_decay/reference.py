@@ -22,7 +22,7 @@ def additive_decay(x: Tensor, state: Tensor, segments: Segments | None) -> tuple
         empty = z == -torch.inf
         ahead = torch.where(empty, 0, x - torch.where(empty, 0, z))  # of x_t over all that came before
         share = torch.where(empty, 1, torch.sigmoid(ahead))
-        log_decay = torch.where(empty, 0, -functional.softplus(ahead))
+        log_decay = torch.where(empty, 0, functional.logsigmoid(-ahead))
         after = torch.where(empty, x, z - log_decay)
         results = torch.where(real[:, None, None], torch.stack([share, log_decay], -1), 0)
         return (torch.where(real[:, None], after, before),), results

@@ -21,6 +21,6 @@ def slot_scores(
     def read(w: Tensor) -> tuple[Tensor, Tensor]:
         return linear_attention(w, slots, k, log_decay, scale, state, segments)
 
-    _, derivative, last = torch.func.vjp(read, torch.zeros_like(slots), has_aux=True)
+    _, derivative, last = torch.func.vjp(read, torch.zeros_like(slots), has_aux=True)  # type: ignore[misc]
     (o,) = derivative(zero_padding(q, segments))
     return o, last
