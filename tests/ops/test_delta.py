@@ -1,5 +1,6 @@
 """dplr and delta_rule: three implementations of one equation, and the transition matrices written out."""
 
+import itertools
 import math
 
 import pytest
@@ -227,8 +228,9 @@ def test_half_precision_computes_in_single():
 def test_any_number_of_threads_gives_the_same_bits():
     before = torch.get_num_threads()
     try:
-        for form in ("delta", "dplr"):
-            inputs, results = single(make_inputs(form, 300, "key", sizes=(2, 3, 32, 32))), []
+        # One pair is broken up into columns; three share two threads unevenly.
+        for form, sizes in itertools.product(FORMS, [(2, 3, 32, 32), (1, 1, 20, 56), (1, 3, 32, 40)]):
+            inputs, results = single(make_inputs(form, 300, "key", sizes=sizes)), []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 results.append(run("numba", form, inputs))

@@ -23,6 +23,7 @@ from numba.np import arrayobj
 from torch import Tensor
 
 from tidegate.ops.threads import run as run  # kernels say kernels.run
+from tidegate.ops.threads import run_here as run_here
 
 # Everything of fastmath but the licence to assume that there are no NaN and no infinities.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
@@ -51,6 +52,13 @@ def jit_views(function: Callable[..., Any]) -> Any:
         "cache": True,
         "_nrt": False,
     }
+    return numba.njit(**options)(function)
+
+
+def jit_inside(function: Callable[..., Any]) -> Any:
+    """As `jit_views`, for functions called from kernels only: Python's way in takes longer to compile than many."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "cache": True, "_nrt": False}
+    options |= {"nogil": True, "fastmath": FASTMATH, "error_model": "numpy"}
     return numba.njit(**options)(function)
 
 
@@ -98,6 +106,11 @@ def rows(tensor: Tensor, width: int) -> tuple[np.ndarray, int]:
         except RuntimeError:  # rows that lie at irregular distances
             pass
     return array(tensor).reshape(-1), width
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """As `array`, with one axis."""
+    return array(tensor).reshape(-1)
 
 
 # -- elementwise -------------------------------------------------------------------------------------------------------

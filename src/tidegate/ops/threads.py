@@ -20,23 +20,30 @@ import numpy as np
 import torch
 
 _WORTHWHILE = 1 << 15  # array elements; below, waking a second thread costs more than it saves
+_SMALL = 1 << 17  # floats of scratch that a thread keeps
 _Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _lock = threading.Lock()
+_local = threading.local()
 _pool: ThreadPoolExecutor | None = None
 _openmp: Any = None  # the library, or False if there is none to be had
 
 
-def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
+def run(
+    kernel: Callable[..., None], problems: int, *arguments: Any, parts: int = 1, scratch: int | None = None
+) -> None:
     """Call `kernel(begin, end, *arguments)` over `range(problems)`, split among `torch.get_num_threads()` threads.
+
+    A kernel whose problems have `parts` independent parts (columns, say) takes a range of `range(problems * parts)`: it
+    gets whole problems, or where these don't fill the threads evenly, some broken up. With `scratch` it gets that many
+    floats as third argument, aligned and for itself; what they hold is not defined.
 
     How the range is split makes no difference to a kernel's results. An error in any share is raised here.
     """
-    size = sum(x.size for x in arguments if isinstance(x, np.ndarray))
-    threads = min(torch.get_num_threads(), problems) if size >= _WORTHWHILE else 1
-    if threads <= 1:
-        kernel(0, problems, *arguments)
+    threads = min(torch.get_num_threads(), problems * parts)
+    if threads <= 1 or sum(x.size for x in arguments if isinstance(x, np.ndarray)) < _WORTHWHILE:
+        run_here(kernel, problems, *arguments, parts=parts, scratch=scratch)
         return
-    bounds = [problems * part // threads for part in range(threads + 1)]
+    bounds = _bounds(problems, parts, threads)
     shares = itertools.pairwise(bounds)
     errors: list[BaseException] = []
 
@@ -44,7 +51,8 @@ def run(kernel: Callable[..., None], problems: int, *arguments: Any) -> None:
         # Whoever is free takes the next share: a team may be smaller than was asked for.
         try:
             for begin, end in iter(lambda: _next(shares), None):
-                kernel(begin, end, *arguments)
+                if begin < end:
+                    kernel(begin, end, *_scratch(scratch), *arguments)
         except BaseException as error:
             errors.append(error)
 
@@ -82,6 +90,44 @@ def _team(work: Callable[..., None], threads: int) -> None:
         work()
         for helper in helpers:
             helper.result()
+
+
+def run_here(
+    kernel: Callable[..., None], problems: int, *arguments: Any, parts: int = 1, scratch: int | None = None
+) -> None:
+    """As `run`, on this thread."""
+    kernel(0, problems * parts, *_scratch(scratch), *arguments)
+
+
+def _bounds(problems: int, parts: int, threads: int) -> list[int]:
+    """Where shares end, in parts: after whole problems, unless breaking some up lets the last thread finish earlier."""
+    whole = [problems * share // threads * parts for share in range(threads + 1)]
+    even = [problems * parts * share // threads for share in range(threads + 1)]
+
+    def duration(bounds: list[int]) -> float:
+        # Some of a problem's work is done again for each share it is in: by estimate, two fifths.
+        return max(
+            0.6 * (end - begin) / parts + 0.4 * (-(-end // parts) - begin // parts)
+            for begin, end in itertools.pairwise(bounds)
+        )
+
+    return min(whole, even, key=duration)
+
+
+def _scratch(size: int | None) -> list[np.ndarray]:
+    """This thread's memory for a kernel, kept for the next one if it is small.
+
+    It begins with a cache line, as rows that are a multiple of one long then don't straddle two.
+    """
+    if size is None:
+        return []
+    kept = getattr(_local, "scratch", None)
+    if kept is None or kept.size < size:
+        memory = np.empty(size + 16, np.float32)
+        kept = memory[-(memory.ctypes.data // 4) % 16 :]
+        if size <= _SMALL:
+            _local.scratch = kept
+    return [kept[:size]]
 
 
 def _next(shares: Iterator[tuple[int, int]]) -> tuple[int, int] | None:

@@ -1,388 +1,179 @@
-"""One chunk of the delta kernels: which tokens it holds, its decayed rows, its triangular systems, its gradients.
+"""One chunk of the delta kernels: its decayed rows, its triangular system, its step of the state.
 
-A chunk is a run of at most C real tokens of one document, cut before the token that would take the decay since the
-chunk's first token below exp(LIMIT) in any channel. Within it the products of decays can therefore be split into two
-factors that neither overflow nor vanish, and with any gates the result stays exact: a chunk of one token has no
-products to split. With P_m the decay from after token 1 up to and including token m (P_1 = 1) and w_1 that of token 1:
+With G_m the cumulative log decay up to and including token m (ops/chunks.py), and S the state before the chunk,
 
-    rows that read S0      QAX = [scale q P w_1; a P_before w_1]        (a of the first token: undecayed)
-    rows that read writes  QAP = [scale q P;     a P_before]
-    what is written        KM = [k / P; b / P],  KE = KM P_C            (P_C: up to the end of the chunk)
+    rows that read       Q = scale q e^G      A = a e^(G before the token)      (delta rule: A = -beta k e^G)
+    rows that are written    k' = k e^-G      b' = b e^-G
 
-Stacks hold C rows for q or k and C more for a or b; rows without a token are zero. The decays are products of
-exponentials, not exponentials of sums, so their relative error does not grow with the decay. L is the number of rows
-written: C, or 2 C when a's corrections have keys of their own (b).
+    U = A S + strict(A k'^T) v + strict(A b'^T) U            the corrections, a unit lower triangular system
+    o = Q S + lower(Q k'^T) v + lower(Q b'^T) U              S <- e^G_end (S + k'^T v + b'^T U)
+
+Where corrections are written along k (b is k: `form` below UNTIED), Z = v + U is solved for instead, in one go, and
+stands in for both. The delta rule's values are beta v. A first token whose decay is too strong to be part of G has a
+chunk of its own; its decay is applied to the state before A reads (delta rule) or after (otherwise).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import exp32, jit_views, wide_vectors
-from tidegate.ops.matrix import clear, copy, matmul, matmul_into, transpose
+from tidegate.ops.chunks import CHUNK, exp_and_inverse, exp_of, multiply, next_chunk, too_strong
+from tidegate.ops.kernels import LANES, jit_inside
+from tidegate.ops.passes import elementwise
+from tidegate.ops.tiles import product, solve, transpose
 
-C = 16
-LIMIT = np.float32(-40.0)
 ONE = np.float32(1.0)
-ZERO = np.float32(0.0)
+DELTA, TIED, UNTIED = 0, 1, 2  # forms: the delta rule; corrections along k; along keys of their own
 
-# What belongs to a chunk in scratch (STACKS, 2 C, Kp). P's last row is w_1, the one before it the whole chunk's decay.
-QAX, QAP, KM, KE, P, INVERSE = 0, 1, 2, 3, 4, 5
-STACKS = 6
-FIRST, WHOLE = 2 * C - 1, 2 * C - 2
-
-
-@jit_views
-def gather(x, tokens, n, batch, head, rows):
-    """The tokens' rows of x (B, T, H, D) into `rows`."""
-    for m in range(n):
-        _scaled(ONE, x[batch, tokens[m], head], rows[m], x.shape[3])
-
-
-@jit_views
-def scatter(rows, tokens, n, batch, head, x):
-    """`rows` into the tokens' rows of x (B, T, H, D)."""
-    for m in range(n):
-        _scaled(ONE, rows[m], x[batch, tokens[m], head], x.shape[3])
+# -- products ----------------------------------------------------------------------------------------------------------
+lower, strict = product(keep="lower", narrow=True), product(keep="strict", narrow=True)
+read_earlier, read_later = product(shape="lower"), product(shape="upper")
+add, add_earlier, add_later = (
+    product(start="add"),
+    product(start="add", shape="lower"),
+    product(start="add", shape="upper"),
+)
+write_rows = product(start="add", finish="rows")
+solve_earlier, solve_later = solve(CHUNK), solve(CHUNK, transposed=True)
 
 
-@jit_views
-def next_chunk(codes, g, T, t, batch, head, tokens, total):
-    """Collect the times of the chunk that begins at or after t. Its size (0: nothing but padding) and its end."""
-    n, decays = 0, g.shape[3]
-    has_codes = codes.shape[0] > 0
-    while t < T and n < C:
-        code = codes[batch, t] if has_codes else np.uint8(0)
-        if code == 2:
-            t += 1
-            continue
-        if code == 1 and n > 0:
-            break
-        if n == 0:
-            for c in range(decays):
-                total[c] = ZERO
-        elif decays > 0:
-            row = g[batch, t, head]
-            for c in range(decays):
-                total[c] += row[c]
-            beyond = 0
-            for c in range(decays):
-                beyond += np.int32(total[c] < LIMIT)
-            if beyond:
-                break
-        tokens[n] = t
-        n += 1
-        t += 1
-    return n, t
+# -- passes ------------------------------------------------------------------------------------------------------------
+def _scale(x, e, factor):
+    return x * e * factor
 
 
-@jit_views
-def load_decays(g, tokens, n, batch, head, K, W):
-    """P, its inverse, w_1 and the whole chunk's decay; they stay ones without decay."""
-    wide_vectors()
-    decays, products, inverses = g.shape[3], W[P], W[INVERSE]
-    first = products[FIRST]
-    if decays == 1:
-        w = exp32(g[batch, tokens[0], head, 0])
-        for c in range(K):
-            first[c] = w
-        w = ONE
-        for m in range(1, n):
-            w *= exp32(g[batch, tokens[m], head, 0])
-            row, inverse, reciprocal = products[m], inverses[m], ONE / w
-            for c in range(K):
-                row[c] = w
-            for c in range(K):
-                inverse[c] = reciprocal
-    elif decays > 1:
-        logs = g[batch, tokens[0], head]
-        for c in range(K):
-            first[c] = exp32(logs[c])
-        for m in range(1, n):
-            row, before, inverse, logs = products[m], products[m - 1], inverses[m], g[batch, tokens[m], head]
-            for c in range(K):
-                row[c] = before[c] * exp32(logs[c])
-            for c in range(K):
-                inverse[c] = ONE / row[c]
-    _multiply(products[n - 1], first, products[WHOLE], K)
+scale_matrix = elementwise(_scale)
 
 
-@jit_views
-def load_rows(q, k, a, b, beta, g, scale, tokens, n, batch, head, queries, W, KT):
-    """Fill a chunk's stacks, and KT with KM transposed.
+# -- a chunk's place in scratch ----------------------------------------------------------------------------------------
+@jit_inside
+def places(K, V):
+    """Offsets of a chunk's e, 1/e, end, Q, A, k', b', beta, -beta, Z, S; the size of all. Before e come ones."""
+    Kp, Vp = -(-K // LANES) * LANES, -(-V // LANES) * LANES
+    e = Kp
+    inverse = e + CHUNK * Kp
+    end = inverse + CHUNK * Kp + Kp
+    Q = end + Kp
+    A = Q + CHUNK * Kp
+    k_ = A + CHUNK * Kp
+    b_ = k_ + CHUNK * Kp
+    beta = b_ + CHUNK * Kp
+    Z = beta + 2 * CHUNK
+    S = Z + CHUNK * Vp
+    return e, inverse, end, Q, A, k_, b_, beta, beta + CHUNK, Z, S, S + Kp * Vp
 
-    Without a, a = -beta k w (the delta rule); without b, b = k.
-    """
-    K, delta, tied = q.shape[3], a.shape[0] == 0, b.shape[0] == 0
-    load_decays(g, tokens, n, batch, head, K, W)
-    far, near, middle, end, products, inverses = W[QAX], W[QAP], W[KM], W[KE], W[P], W[INVERSE]
-    first, last = products[FIRST], products[n - 1]
-    for m in range(n):
-        t = tokens[m]
-        key = k[batch, t, head]
-        _written(key, inverses[m], last, middle[m], end[m], K)
-        if not tied:
-            _written(b[batch, t, head], inverses[m], last, middle[C + m], end[C + m], K)
-        if delta:
-            _read(key, products[m], first, -beta[batch, t, head], near[C + m], far[C + m], K)
-        elif m > 0:
-            _read(a[batch, t, head], products[m - 1], first, ONE, near[C + m], far[C + m], K)
-        else:
-            clear(near, C, C + 1)
-            row, out = a[batch, t, head], far[C]
-            for c in range(K):
-                out[c] = row[c]
+
+@jit_inside
+def find_chunk(x, W, dims, g, codes, b, h, t):
+    """As ops.chunks.next_chunk; leaves the logs where e will be."""
+    T, H, K, V, G, _ = dims
+    begin, row = ((b * T + t) * H + h) * G, -(-K // LANES) * LANES if G > 1 else 1
+    most = 1 if too_strong(g, begin, G) else T - t
+    return next_chunk(x, W + places(K, V)[0], row, g, codes, b * T + t, begin, H * G, G, most)
+
+
+@jit_inside
+def scale_rows(x, o, x_e, n, K, G, e, factor):
+    """o = x e factor; one e per row (G = 1) or entry."""
+    Kp = -(-K // LANES) * LANES
+    if G > 1:
+        scale_matrix(n, K, (o,), (x, (x_e, e, Kp), factor))
+    else:
+        scale_matrix(n, K, (o,), (x, (x_e, e), factor))
+
+
+@jit_inside
+def load(x, W, dims, n, token, q, k, a, b, beta, g, scale):
+    """Everything of a chunk that does not depend on values, from the logs that find_chunk left."""
+    _, H, K, V, G, form = dims
+    Kp = -(-K // LANES) * LANES
+    e, inverse, end, Q, A, k_, b_, step, minus, _, _, _ = places(K, V)
+    e, inverse, row, stride = W + e, W + inverse, Kp if G > 1 else 1, H * K
+    exp_of(x, W + end, K, x, e + (n - 1) * row, G)
+    if G > 1:
+        exp_and_inverse(n, K, ((x, e, Kp), (x, inverse, Kp)), ((x, e, Kp),))
+    else:
+        exp_and_inverse(1, n, ((x, e, 0), (x, inverse, 0)), ((x, e, 0),))
+    scale_rows((q, token * K, stride), (x, W + Q, Kp), x, n, K, G, e, scale)
+    scale_rows((k, token * K, stride), (x, W + k_, Kp), x, n, K, G, inverse, ONE)
+    if form == DELTA:
+        for m in range(n):
+            x[W + step + m] = beta[token + m * H]
+            x[W + minus + m] = -beta[token + m * H]
+        scale_rows((k, token * K, stride), (x, W + A, Kp), x, n, K, G, e, ONE)
+        multiply(n, K, ((x, W + A, Kp),), ((x, W + A, Kp), (x, W + minus)))
+    else:
+        scale_rows((a, token * K, stride), (x, W + A, Kp), x, n, K, G, e - row, ONE)
+        if form == UNTIED:
+            scale_rows((b, token * K, stride), (x, W + b_, Kp), x, n, K, G, inverse, ONE)
+
+
+@jit_inside
+def pairs(x, W, dims, n, turned, M, queries):
+    """strict(A k'^T), strict(A b'^T), lower(Q k'^T), lower(Q b'^T), one after the other at M."""
+    _, _, K, V, _, form = dims
+    Kp = -(-K // LANES) * LANES
+    _, _, _, Q, A, k_, b_, _, _, _, _, _ = places(K, V)
+    size = CHUNK * CHUNK
+    for part in range(2 if form == UNTIED else 1):
+        at = M + part * size
+        transpose(n, K, (x, turned, CHUNK), (x, W + (b_ if part else k_), Kp))
+        strict(n, CHUNK, (x, at, CHUNK), (x, W + A, Kp, 1), (x, turned, CHUNK), K, (), (x, 0, 0))
         if queries:
-            _read(q[batch, t, head], products[m], first, scale, near[m], far[m], K)
-    if n < C:
-        for stack in (far, near, middle, end):
-            clear(stack, n, C)
-            clear(stack, C + n, 2 * C)
-    transpose(middle, C if tied else 2 * C, middle.shape[1], KT)
+            lower(n, CHUNK, (x, at + 2 * size, CHUNK), (x, W + Q, Kp, 1), (x, turned, CHUNK), K, (), (x, 0, 0))
 
 
-@jit_views
-def _written(x, inverse, last, middle, end, K):
-    wide_vectors()
-    for c in range(K):
-        middle[c] = x[c] * inverse[c]
-    for c in range(K):
-        end[c] = middle[c] * last[c]
+@jit_inside
+def decay_rows(x, S, factors, dims, columns, g, token):
+    """S <- w S, for a first token whose decay is left out of G. Leaves w in `factors`."""
+    _, _, K, V, G, _ = dims
+    Vp = -(-V // LANES) * LANES
+    exp_of(x, factors, K, g, token * G, G)
+    multiply(K, columns, ((x, S, Vp),), ((x, S, Vp), (x, factors)))
 
 
-@jit_views
-def _read(x, row, first, factor, near, far, K):
-    wide_vectors()
-    for c in range(K):
-        near[c] = factor * x[c] * row[c]
-    for c in range(K):
-        far[c] = near[c] * first[c]
-
-
-@jit_views
-def load_values(v, beta, tokens, n, batch, head, delta, Z):
-    """v, or beta v for the delta rule, into the first rows of Z; zeros where there is no token."""
-    wide_vectors()
-    V = v.shape[3]
-    for m in range(n):
-        row, value = Z[m], v[batch, tokens[m], head]
-        factor = beta[batch, tokens[m], head] if delta else ONE
-        for c in range(V):
-            row[c] = factor * value[c]
-    clear(Z, n, C)
-
-
-@jit_views
-def mask(M, n, L):
-    """Rows of q see writes up to their own, rows of a only earlier ones."""
-    wide_vectors()
-    for begin in range(0, L, C):
-        for m in range(n):
-            row, below = M[m], M[C + m]
-            for j in range(C):
-                row[begin + j] = row[begin + j] if j <= m else ZERO
-            for j in range(C):
-                below[begin + j] = below[begin + j] if j < m else ZERO
-
-
-@jit_views
-def solve(M, column, Y, n):
-    """Y <- (I - A)^-1 Y with A[m, j] = M[C + m, column + j], strictly lower triangular: four rows at a time."""
-    flat, width, columns = M.reshape(M.size), M.shape[1], Y.shape[1]
-    for begin in range(0, n, 4):
-        corner = (C + begin) * width + column
-        if begin > 0:
-            matmul(flat[corner:], width, 1, Y, Y[begin:], 4, begin, columns)
-        for m in range(1, 4):
-            for j in range(m):
-                add_row(flat[corner + m * width + begin + j], Y[begin + j], Y[begin + m], columns)
-
-
-@jit_views
-def solve_transposed(M, column, Y, n):
-    """Y <- (I - A^T)^-1 Y, from the last rows to the first."""
-    flat, width, columns = M.reshape(M.size), M.shape[1], Y.shape[1]
-    rows = -(-n // 4) * 4
-    for begin in range(rows - 4, -1, -4):
-        after = begin + 4
-        if after < rows:
-            below = (C + after) * width + column + begin
-            matmul(flat[below:], 1, width, Y[after:], Y[begin:], 4, rows - after, columns)
-        corner = (C + begin) * width + column + begin
-        for m in range(2, -1, -1):
-            for j in range(m + 1, 4):
-                add_row(flat[corner + j * width + m], Y[begin + j], Y[begin + m], columns)
-
-
-@jit_views
-def add_row(factor, x, y, columns):
-    """y[:columns] += factor x[:columns]."""
-    wide_vectors()
-    for c in range(columns):
-        y[c] += factor * x[c]
-
-
-@jit_views
-def solve_writes(M, X, Z, n, L):
-    """From what a reads of S0 (X) to what the chunk writes: Z = [V + U] with shared keys, [V; U] with separate ones.
-
-    U = X + A_ak V + A_ab U, with A_ak = A_ab if the keys are shared; V stands in Z's first rows.
-    """
-    columns = Z.shape[1]
-    if L == C:
-        for m in range(n):
-            add_row(ONE, X[m], Z[m], columns)
-        solve(M, 0, Z, n)
+@jit_inside
+def write(x, W, S, dims, n, token, first, columns, v):
+    """S <- e^G_end (S + k'^T v + b'^T U)."""
+    _, H, K, V, _, form = dims
+    Kp, Vp = -(-K // LANES) * LANES, -(-V // LANES) * LANES
+    _, _, end, _, _, k_, b_, _, _, Z, _, _ = places(K, V)
+    end, k_, b_, Z = W + end, W + k_, W + b_, W + Z
+    if form == UNTIED:
+        value = (v, token * V + first, H * V)
+        write_rows(*(K, columns, (x, S, Vp), (x, k_, 1, Kp), value, n, ((x, b_, 1, Kp), (x, Z, Vp), n), (x, end, 0)))
     else:
-        U = Z[C:]
-        copy(X, U, n, columns)
-        clear(U, n, C)
-        matmul(M[C:], M.shape[1], 1, Z, U, -(-n // 4) * 4, C, columns)
-        solve(M, C, U, n)
+        write_rows(K, columns, (x, S, Vp), (x, k_, 1, Kp), (x, Z, Vp), n, (), (x, end, 0))
 
 
-@jit_views
-def pull_back(M, E, dS, DOR, dZ, n, L):
-    """Gradients of the chunk's writes, dZ, from its outputs' (first rows of DOR) and its end's (dS, with E the KE).
-
-    Leaves the gradient of X in the last rows of DOR, and that of V in the first rows of dZ.
-    """
-    width, columns = M.shape[1], dZ.shape[1]
-    matmul_into(E, E.shape[1], 1, dS, dZ, L, dS.shape[0], columns)
-    matmul(M, 1, width, DOR, dZ, L, C, columns)
-    dX = DOR[C:]
-    copy(dZ[L - C :], dX, C, columns)
-    solve_transposed(M, L - C, dX, n)
-    if L == C:
-        copy(dX, dZ, C, columns)
+@jit_inside
+def advance(x, W, S, dims, n, strong, token, first, columns, v, g, turned, M, o):
+    """One chunk of some columns: its corrections, its outputs (unless o is empty) and its end."""
+    _, H, K, V, _, form = dims
+    Kp, Vp = -(-K // LANES) * LANES, -(-V // LANES) * LANES
+    _, _, _, Q, A, _, _, step, _, Z, _, _ = places(K, V)
+    Q, A, Z, size = W + Q, W + A, W + Z, CHUNK * CHUNK
+    value, out = (v, token * V + first, H * V), (o, token * V + first, H * V)
+    pairs(x, W, dims, n, turned, M, o.size > 0)
+    if strong and form == DELTA:
+        decay_rows(x, S, turned, dims, columns, g, token)
+    if form == UNTIED:
+        read_earlier(*(n, columns, (x, Z, Vp), (x, A, Kp, 1), (x, S, Vp), K, ((x, M, CHUNK, 1), value, n), (x, 0, 0)))
+        solve_earlier(columns, (x, Z, Vp), (x, M + size, CHUNK))
     else:
-        matmul(M[C:], 1, width, dX, dZ, C, C, columns)
-
-
-@jit_views
-def store_decay_gradient(shared, W, dW, tokens, n, batch, head, delta, L, dg):
-    """d log_decay. Every exponent of a chunk is a sum of log decays over a range of tokens; add up by ranges.
-
-    shared: the gradient through S0's own way to the end, which all tokens have in common. dW holds the gradients of W's
-    first four stacks; the other two are scratch.
-    """
-    K = shared.shape[0]
-    # Summands of ranges: from the start to m; from inside to m; from m to the end (which reuses inverse's gradient).
-    far, near, ahead = dW[P], dW[INVERSE], dW[INVERSE][C:]
-    for m in range(n):
-        x, y, z = far[m], near[m], ahead[m]
-        _multiply(W[QAX, m], dW[QAX, m], x, K)
-        _multiply(W[QAP, m], dW[QAP, m], y, K)
-        _multiply(W[KE, m], dW[KE, m], z, K)
-        _multiply_add(-ONE, W[KM, m], dW[KM, m], y, K)
-        if L > C:
-            _multiply_add(ONE, W[KE, C + m], dW[KE, C + m], z, K)
-            _multiply_add(-ONE, W[KM, C + m], dW[KM, C + m], y, K)
-        if delta:
-            _multiply_add(ONE, W[QAX, C + m], dW[QAX, C + m], x, K)
-            _multiply_add(ONE, W[QAP, C + m], dW[QAP, C + m], y, K)
-        elif m > 0:  # a reads before its token's own decay
-            _multiply_add(ONE, W[QAX, C + m], dW[QAX, C + m], far[m - 1], K)
-            _multiply_add(ONE, W[QAP, C + m], dW[QAP, C + m], near[m - 1], K)
-    # Token m counts in later rows of `far` and `near` and earlier ones of `ahead`; none inside begins before the first.
-    for m in range(n - 2, -1, -1):
-        add_row(ONE, far[m + 1], far[m], K)
-    for m in range(n - 2, 0, -1):
-        add_row(ONE, near[m + 1], near[m], K)
-    for m in range(n):
-        add_row(ONE, shared, far[m], K)
-        if m > 0:
-            add_row(ONE, near[m], far[m], K)
-            add_row(ONE, ahead[m - 1], far[m], K)
-            add_row(ONE, ahead[m - 1], ahead[m], K)
-    for m in range(n):
-        total, out = far[m], dg[batch, tokens[m], head]
-        if out.shape[0] > 1:
-            for c in range(K):
-                out[c] = total[c]
+        if form == DELTA:
+            multiply(n, columns, ((x, Z, Vp),), (value, (x, W + step)))
         else:
-            s = ZERO
-            for c in range(K):
-                s += total[c]
-            out[0] = s
-
-
-@jit_views
-def _multiply(x, y, o, K):
-    wide_vectors()
-    for c in range(K):
-        o[c] = x[c] * y[c]
-
-
-@jit_views
-def _multiply_add(sign, x, y, o, K):
-    wide_vectors()
-    for c in range(K):
-        o[c] += sign * x[c] * y[c]
-
-
-@jit_views
-def store_gradients(k, v, beta, scale, tokens, n, batch, head, W, dW, dV, dq, dk, dv, da, db, dbeta):
-    """From the gradients of a chunk's stacks to those of q, k, v, a, b and beta."""
-    K, V = dq.shape[3], dv.shape[3]
-    delta, tied = da.shape[0] == 0, db.shape[0] == 0
-    products, inverses = W[P], W[INVERSE]
-    first, last = products[FIRST], products[n - 1]
-    for m in range(n):
-        t = tokens[m]
-        row, inverse, out = products[m], inverses[m], dk[batch, t, head]
-        _back_read(dW[QAX, m], dW[QAP, m], row, first, scale, dq[batch, t, head], K)
-        _back_written(dW[KM, m], dW[KE, m], inverse, last, out, K)
-        if not tied:
-            _back_written(dW[KM, C + m], dW[KE, C + m], inverse, last, db[batch, t, head], K)
-        if delta:
-            step = dW[QAP, C + m]  # becomes the gradient of -beta k
-            _back_read(dW[QAX, C + m], step, row, first, ONE, step, K)
-            factor = beta[batch, t, head]
-            through_v = _dot(v[batch, t, head], dV[m], V)
-            dbeta[batch, t, head] = through_v - _dot(k[batch, t, head], step, K)
-            add_row(-factor, step, out, K)
-            _scaled(factor, dV[m], dv[batch, t, head], V)
-        else:
-            if m == 0:
-                _scaled(ONE, dW[QAX, C], da[batch, t, head], K)
-            else:
-                _back_read(dW[QAX, C + m], dW[QAP, C + m], products[m - 1], first, ONE, da[batch, t, head], K)
-            _scaled(ONE, dV[m], dv[batch, t, head], V)
-
-
-@jit_views
-def _dot(x, y, K):
-    wide_vectors()
-    s = ZERO
-    for c in range(K):
-        s += x[c] * y[c]
-    return s
-
-
-@jit_views
-def _scaled(factor, x, o, K):
-    wide_vectors()
-    for c in range(K):
-        o[c] = factor * x[c]
-
-
-@jit_views
-def _back_read(far, near, row, first, factor, out, K):
-    wide_vectors()
-    for c in range(K):
-        out[c] = factor * row[c] * (far[c] * first[c] + near[c])
-
-
-@jit_views
-def _back_written(middle, end, inverse, last, out, K):
-    wide_vectors()
-    for c in range(K):
-        out[c] = inverse[c] * (middle[c] + end[c] * last[c])
-
-
-@jit_views
-def row_products(x, y, factors, o, rows, columns):
-    """o[m] = factors[m] sum_c x[m, c] y[m, c]."""
-    for m in range(rows):
-        o[m] = factors[m] * _dot(x[m], y[m], columns)
+            multiply(n, columns, ((x, Z, Vp),), (value, ONE))
+        add(n, columns, (x, Z, Vp), (x, A, Kp, 1), (x, S, Vp), K, (), (x, 0, 0))
+        solve_earlier(columns, (x, Z, Vp), (x, M, CHUNK))
+    if strong and form != DELTA:
+        decay_rows(x, S, turned, dims, columns, g, token)
+    if o.size > 0 and form == UNTIED:
+        M += 2 * size
+        read_earlier(n, columns, out, (x, Q, Kp, 1), (x, S, Vp), K, ((x, M, CHUNK, 1), value, n), (x, 0, 0))
+        add_earlier(n, columns, out, (x, M + size, CHUNK, 1), (x, Z, Vp), n, (), (x, 0, 0))
+    elif o.size > 0:
+        M += 2 * size
+        read_earlier(n, columns, out, (x, Q, Kp, 1), (x, S, Vp), K, ((x, M, CHUNK, 1), (x, Z, Vp), n), (x, 0, 0))
+    write(x, W, S, dims, n, token, first, columns, v)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tidegate.ops.decay import decayed_products
 from tidegate.segments import Segments, zero_padding
 
-SCALAR_CHUNK = 64  # decay per head: D is (C, C)
-VECTOR_CHUNK = 16  # decay per channel: D is (C, C, K)
+CHUNK, SHORT = 64, 16  # tokens; the second for sequences that are no longer
 
 
 def dplr(
@@ -36,7 +36,7 @@ def dplr(
 ) -> tuple[Tensor, Tensor]:
     """See `tidegate.ops.dplr`; log_decay (B, T, H, 1) or (B, T, H, K), b None means k."""
     dtype, T = q.dtype, q.shape[1]
-    C = min(VECTOR_CHUNK if log_decay.shape[-1] > 1 else SCALAR_CHUNK, T)
+    C = CHUNK if T > SHORT else SHORT
     missing = -T % C
 
     def chunks(x: Tensor) -> Tensor:  # (B, T, H, D) -> (B, H, N, C, D); zeros at the end change nothing
@@ -48,32 +48,18 @@ def dplr(
     b = None if b is None else chunks(b)
     same, carried, final = _masks(segments, T, C, missing, q.device)
 
-    # D[i, j] for j <= i, zero above the diagonal; the sum runs down the columns of a masked matrix.
-    lower = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    later = lower.tril(-1).unsqueeze(-1)
-    steps = torch.where(later, g.unsqueeze(-2), 0).cumsum(-3)  # (B, H, N, C, C, 1 or K)
-    D = torch.where(lower.unsqueeze(-1), steps, 0).exp()
-    D = torch.where(lower.unsqueeze(-1), D, 0)
-    from_start = g.cumsum(-2).exp()  # decay of S0 once token i has acted
-    before = pad(from_start[..., :-1, :], (0, 0, 1, 0), value=1.0)  # and before it acts
-
     # Row i of A_a uses D[i - 1], so a moves up one row and the result down again.
-    rows = (q, pad(a[..., 1:, :], (0, 0, 0, 1)))
-
-    def products(columns: Tensor) -> tuple[Tensor, Tensor]:
-        if D.shape[-1] == 1:
-            with_q, with_a = (D.squeeze(-1) * (x @ columns.mT) for x in rows)
-        else:
-            decayed = D * columns.unsqueeze(-3)  # (B, H, N, C, C, K)
-            with_q, with_a = (decayed @ torch.stack(rows, -1)).unbind(-1)
-        with_a = pad(with_a[..., :-1, :], (0, 0, 1, 0))
-        return torch.where(same, with_q, 0), torch.where(same, with_a, 0)
-
-    A_qk, A_ak = products(k)
-    A_qb, A_ab = (A_qk, A_ak) if b is None else products(b)
+    rows, columns = (q, pad(a[..., 1:, :], (0, 0, 0, 1))), (k,) if b is None else (k, b)
+    with_q, with_a, through, after = _products(rows, columns, g)
+    from_start = through.exp()  # decay of S0 once token i has acted
+    before = pad(from_start[..., :-1, :], (0, 0, 1, 0), value=1.0)  # and before it acts
+    A_qk, *others = (torch.where(same, x, 0) for x in with_q)
+    A_qb = others[0] if others else A_qk
+    A_ak, *others = (torch.where(same, pad(x[..., :-1, :], (0, 0, 1, 0)), 0) for x in with_a)
+    A_ab = others[0] if others else A_ak
     q_read = torch.where(carried, q * from_start, 0)
     a_read = torch.where(carried, a * before, 0)
-    to_end = torch.where(final, D[..., -1, :, :], 0)  # (B, H, N, C, 1 or K)
+    to_end = torch.where(final, after.exp(), 0)  # (B, H, N, C, 1 or K)
     k_end = (k * to_end).mT
     b_end = k_end if b is None else (b * to_end).mT
     keep = torch.where(carried[..., -1:, :], from_start[..., -1:, :], 0).mT  # (B, H, N, 1 or K, 1)
@@ -91,6 +77,19 @@ def dplr(
         state = keep[:, :, n] * state + b_end[:, :, n] @ (Y[:, :, n] @ state) + written[:, :, n]
     o = o_local + o_read @ torch.stack(starts, 2)
     return o.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T].to(dtype), state
+
+
+def _products(rows, columns, g: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Both rows' products with the columns, decayed; and the log decays through each token and after it."""
+    if g.shape[-1] > 1:
+        (with_q, with_a), through, after = decayed_products(rows, columns, g)
+        return with_q, with_a, through, after
+    # D[i, j] for j <= i, zero above the diagonal; the sum runs down the columns of a masked matrix.
+    lower = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).tril()
+    steps = torch.where(lower.tril(-1), g, 0).cumsum(-2)
+    D = torch.where(lower, torch.where(lower, steps, 0).exp(), 0)
+    with_q, with_a = ([D * (x @ y.mT) for y in columns] for x in rows)
+    return with_q, with_a, g.cumsum(-2), steps[..., -1, :, None]
 
 
 def _masks(

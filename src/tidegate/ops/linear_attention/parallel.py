@@ -1,7 +1,7 @@
 """Linear attention in chunks, in plain PyTorch: matrix products inside a chunk, a loop over chunks for the state.
 
-G is the cumulative log decay inside a chunk. Every exponent that is taken is a difference G_m - G_n with m >= n, so
-none is positive and nothing overflows, whatever the gates.
+G is the cumulative log decay inside a chunk. Every exponent that is taken is a sum of log decays, so none is positive
+and nothing overflows, whatever the gates.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tidegate.ops.decay import decayed_products
 from tidegate.segments import Segments
 
 CHUNK = 64
-BLOCK = 8  # inside it, key-wise decays are compared pair by pair: (BLOCK, BLOCK, K) numbers
 STRONGEST = -60.0  # e^-60 = 9e-27 forgets everything; stronger gates would only cost the cumulative sum its digits
 
 
@@ -38,16 +38,20 @@ def linear_attention(
 
     q, k, v, g = (_chunks(x.to(dtype)) for x in (scale * q, k, v, log_decay))  # (B, H, chunks, CHUNK, K)
     documents = _chunks(documents[..., None, None], mode="replicate").squeeze(-1)  # (B, 1, chunks, CHUNK)
-    G = g.cumsum(-2)
     arrived = functional.pad(documents[..., -1], (1, 0))[..., :-1, None]  # the document that the chunk continues
     last = documents[..., -1:]
 
     order = torch.arange(CHUNK, device=q.device)
     pairs = (documents[..., :, None] == documents[..., None, :]) & (order[:, None] >= order)
-    scores = _scores(q, k, G, pairs) if g.shape[-1] > 1 else (q @ k.mT) * _decays(G.squeeze(-1), pairs)
+    if g.shape[-1] > 1:
+        ((scores,),), G, after = decayed_products([q], [k], g)
+        scores = torch.where(pairs, scores, 0)
+    else:
+        G = g.cumsum(-2)
+        scores, after = (q @ k.mT) * _decays(G.squeeze(-1), pairs), G[..., -1:, :] - G
     within = scores @ v
     reads, continues = q * G.exp(), (documents == arrived)[..., None]
-    writes = torch.where((documents == last)[..., None], k * (G[..., -1:, :] - G).exp(), 0).mT @ v
+    writes = torch.where((documents == last)[..., None], k * after.exp(), 0).mT @ v
     decay, kept = G[..., -1, :, None].exp(), (arrived == last)[..., None]
 
     outputs = []
@@ -75,27 +79,3 @@ def _decays(G: Tensor, pairs: Tensor) -> Tensor:
     """exp(G_m - G_n) where `pairs` allows it, else 0; masked before exp, so that no gradient is 0 * inf."""
     difference = G[..., :, None] - G[..., None, :]
     return torch.where(pairs, torch.where(pairs, difference, 0).exp(), 0)
-
-
-def _scores(q: Tensor, k: Tensor, G: Tensor, pairs: Tensor) -> Tensor:
-    """sum_c q_mc k_nc exp(G_mc - G_nc) for the allowed pairs (m, n) of a chunk, with a decay per key channel.
-
-    Between blocks the exponent is split at the first row of the later block, both parts <= 0; inside a block it is
-    taken pair by pair.
-    """
-    blocks = CHUNK // BLOCK
-    qs, ks, Gs = (x.unflatten(-2, (blocks, BLOCK)) for x in (q, k, G))
-    order = torch.arange(BLOCK, device=q.device)
-    lower = (order[:, None] >= order)[..., None]
-    difference = Gs[..., :, None, :] - Gs[..., None, :, :]
-    decay = torch.where(lower, torch.where(lower, difference, 0).exp(), 0)
-    diagonal = (qs[..., :, None, :] * ks[..., None, :, :] * decay).sum(-1)
-    rows = []
-    for i in range(blocks):
-        here = diagonal[..., i, :, :]
-        if i:
-            pivot = Gs[..., i, :1, :]
-            earlier = k[..., : i * BLOCK, :] * (pivot - G[..., : i * BLOCK, :]).exp()
-            here = torch.cat([(qs[..., i, :, :] * (Gs[..., i, :, :] - pivot).exp()) @ earlier.mT, here], dim=-1)
-        rows.append(functional.pad(here, (0, CHUNK - (i + 1) * BLOCK)))
-    return torch.where(pairs, torch.cat(rows, dim=-2), 0)

@@ -1,181 +1,214 @@
-"""The two sweeps of the backward pass over one problem: forward for the queries, reverse for everything else."""
+"""The two sweeps of the backward pass over one problem: forward for the queries, reverse for everything else.
+
+The gradients of q, k and the decay need the states' columns of keys only (kept transposed), that of v the columns of
+values: a sweep can be told to do some of them (keys first to until, values first_v to until_v), which changes no bit.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import copy_floats, jit_views, prefetch, wide_vectors
-from tidegate.ops.linear_attention.chunk import (
+from tidegate.ops.chunks import (
     CHUNK,
-    ZERO,
-    cumulate,
-    decays,
-    keep_lower,
-    load,
+    clear,
+    cumulate_logs,
+    dot,
+    exp_and_inverse,
+    exp_of,
+    fill_ones,
     multiply,
-    multiply_columns,
     next_chunk,
-    store,
 )
-from tidegate.ops.matrix import clear, matmul_columns, matmul_into, matmul_lower, matmul_rows, matmul_upper, transpose
+from tidegate.ops.kernels import LANES, jit_inside
+from tidegate.ops.linear_attention.chunk import (
+    accumulate,
+    all_,
+    all_of_logs,
+    keys,
+    keys_of_logs,
+    read_earlier_scaled,
+    read_later,
+    read_later_scaled,
+    scores,
+    sum_of_differences,
+    write_columns,
+    write_rows,
+)
+from tidegate.ops.passes import prefetch
+from tidegate.ops.tiles import transpose
 
 
-@jit_views
-def gradient_of_queries(b, h, k, v, g, codes, state, scale, do, dq, scratch):
-    """Forward: the states again, transposed so that rows run over keys. Notes the chunks and returns how many."""
-    wide_vectors()
-    chunks, saved, rows, vectors, columns, scores, values_, S_T, R = scratch
-    time, heads, keys, values = k.shape[1], k.shape[2], k.shape[3], v.shape[3]
-    K, V = R.shape
-    one = np.float32(1.0)
-    begins, sizes = chunks[0], chunks[1]
-    e, inverse, ks, grad = rows[0], rows[1], rows[2], rows[3]
-    vs, dos, v_columns = values_[0], values_[1], columns[0]
-    first, factor = vectors[0], vectors[1]
-    at = (b * heads + h) * keys * values
-    for j in range(keys):
-        copy_floats(state, at + j * values, R, j * V, values)
-    transpose(R, K, V, S_T)
-    for j in range(K):
-        factor[j] = one
+@jit_inside
+def places(T, K, V):
+    """Where things stand in scratch after four stacks of rows: turned, ..., saved; and its size."""
+    Kp, Vp = -(-K // LANES) * LANES, -(-V // LANES) * LANES
+    turned = 4 * CHUNK * Kp + Kp
+    pairs = turned + max(Kp, Vp) * CHUNK
+    first = pairs + CHUNK * CHUNK
+    total = first + max(Kp, CHUNK)  # also one per token
+    states = total + Kp
+    ends = states + 2 * Kp * Vp
+    saved = ends + (T + 1) * Kp
+    return turned, pairs, first, total, states, ends, saved, saved + T * CHUNK
+
+
+@jit_inside
+def gradient_of_queries(x, chunks, dims, b, h, first_key, until_key, k, v, g, codes, state, scale, do, dq):
+    """Forward: the states again, transposed so that rows run over keys. Notes the chunks and returns how many.
+
+    A chunk's decay goes to `ends`, after a row of ones, and tril(do v^T) to `saved`, both for the second sweep.
+    """
+    T, H, K, V, G = dims
+    Kp = -(-K // LANES) * LANES
+    turned, _, first, _, S, ends, saved, _ = places(T, K, V)
+    logs, row = 0, Kp if G > 1 else 1
+    ks, es = CHUNK * Kp + Kp, 2 * CHUNK * Kp + Kp
+    some = until_key - first_key
+    transpose(K, V, (x, S, Kp), (state, (b * H + h) * K * V, V))
+    fill_ones(1, K, ((x, ends, 0),), ())
     t = count = 0
-    while t < time:
-        if codes.shape[0] > 0 and codes[b, t] == 2:
+    while t < T:
+        code = codes[b * T + t] if codes.size > 0 else 0
+        if code == 2:
             t += 1
             continue
-        size = next_chunk(g, codes, b, h, t, e)
-        begins[count], sizes[count] = t, size
+        token = (b * T + t) * H + h
+        ahead = token + 2 * CHUNK * H
+        prefetch(CHUNK, K, (k, ahead * K, H * K))
+        prefetch(CHUNK, V, (v, ahead * V, H * V))
+        prefetch(CHUNK, V, (do, ahead * V, H * V))
+        prefetch(CHUNK, some, (dq, ahead * K + first_key, H * K))
+        prefetch(CHUNK, G, (g, ahead * G, H * G))
+        size, strong = next_chunk(x, logs, row, g, codes, b * T + t, token * G, H * G, G, T - t)
+        chunks[0, count], chunks[1, count] = t, -size if strong else size
         count += 1
-        tall = -(-size // 4) * 4
-        ahead, beyond = t + 2 * CHUNK, t + 3 * CHUNK
-        prefetch(k, b, ahead, beyond, h)
-        prefetch(v, b, ahead, beyond, h)
-        prefetch(do, b, ahead, beyond, h)
-        prefetch(dq, b, ahead, beyond, h)
-        decays(g, b, h, t, size, e, inverse, first)
-        load(k, b, h, t, size, ks)
-        multiply(ks, inverse, one, size)
-        load(v, b, h, t, size, vs)
-        load(do, b, h, t, size, dos)
-        starts = codes.shape[0] > 0 and codes[b, t] == 1
-        for j in range(K):
-            factor[j] *= first[j]
-        if starts:
-            clear(S_T, 0, V)
-        transpose(vs, CHUNK, V, v_columns)
-        matmul_into(dos, V, 1, v_columns, scores, tall, values, CHUNK)
-        keep_lower(scores, size)
-        copy_floats(scores, 0, saved, t * CHUNK, size * CHUNK)
-        matmul_into(dos, V, 1, S_T, grad, tall, values, K)
-        multiply_columns(grad, factor, size)
-        matmul_lower(scores, CHUNK, 1, ks, grad, tall, size, K)
-        matmul_columns(vs, 1, V, ks, S_T, V, size, K, factor)
-        copy_floats(e, (size - 1) * K, factor, 0, K)
-        multiply(grad, e, scale, size)
-        store(grad, b, h, t, size, dq)
+        end = ends + count * Kp
+        exp_of(x, end, K, x, logs + (size - 1) * row, G)
+        if some > 0:
+            if code == 1:
+                clear(V, some, ((x, S + first_key, Kp),), ())
+            elif strong:
+                exp_of(x, first, K, g, token * G, G)
+                multiply(V, some, ((x, S + first_key, Kp),), ((x, S + first_key, Kp), (x, first + first_key, 0)))
+            outputs = (x, ks + first_key, Kp), (x, es + first_key, Kp)
+            key = (k, token * K + first_key, H * K)
+            if G > 1:
+                keys_of_logs(size, some, outputs, ((x, logs + first_key, Kp), key, scale))
+            else:
+                exp_and_inverse(1, size, ((x, logs, 0), (x, logs + CHUNK, 0)), ((x, logs, 0),))
+                keys(size, some, outputs, ((x, logs), (x, logs + CHUNK), key, scale))
+            pairs, value = saved + t * CHUNK, (v, token * V, H * V)
+            transpose(size, V, (x, turned, CHUNK), value)
+            upstream = (do, token * V, H * V, 1)
+            scores(size, CHUNK, (x, pairs, CHUNK), upstream, (x, turned, CHUNK), V, (), (x, 0, 0))
+            read_earlier_scaled(
+                *(size, some, (dq, token * K + first_key, H * K), upstream, (x, S + first_key, Kp), V),
+                *(((x, pairs, CHUNK, 1), (x, ks + first_key, Kp), size), (x, es + first_key, Kp)),
+            )
+            write_columns(
+                *(V, some, (x, S + first_key, Kp), (v, token * V, 1, H * V), (x, ks + first_key, Kp), size, ()),
+                (x, end + first_key, 0),
+            )
         t += size
     return count
 
 
-@jit_views
-def other_gradients(b, h, count, q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate, scratch):
-    """Reverse: the gradient R of the state, both ways round, for dk, dv and the decay. R lags as S did."""
-    wide_vectors()
-    chunks, saved, rows, vectors, columns, scores, values_, R_T, R = scratch
-    heads, keys, values = q.shape[2], q.shape[3], v.shape[3]
-    channels = g.shape[3]
-    K, V = R.shape
-    one = np.float32(1.0)
-    begins, sizes = chunks[0], chunks[1]
-    e, inverse, qs, ks, q_rows, k_rows, reads, grad = (
-        rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7],
-    )  # fmt: skip
-    vs, dos, dvs, k_columns = values_[0], values_[1], values_[2], columns[0]
-    first, factor, total = vectors[0], vectors[1], vectors[2]
-    at = (b * heads + h) * keys * values
-    for j in range(K):
-        total[j] = ZERO
-    for j in range(keys):
-        gradient, final = dlast[b, h, j], last[b, h, j]
-        sum_ = ZERO
-        for c in range(values):
-            sum_ += gradient[c] * final[c]
-        total[j] = sum_
-        copy_floats(dlast, at + j * values, R, j * V, values)
-    transpose(R, K, V, R_T)
-    for j in range(K):
-        factor[j] = one
+@jit_inside
+def other_gradients(
+    x, chunks, dims, b, h, count, first_key, until_key, first_value, until_value,
+    q, k, v, g, codes, last, scale, do, dlast, dq, dk, dv, dg, dstate,
+):  # fmt: skip
+    """Reverse: the gradient R of the state, and R transposed, for dk, dv and the decay.
+
+    Before a chunk R is multiplied by that chunk's decay, which its reads of the state's end have in common.
+    """
+    T, H, K, V, G = dims
+    Kp, Vp = -(-K // LANES) * LANES, -(-V // LANES) * LANES
+    turned, pairs, first, total, states, ends, saved, _ = places(T, K, V)
+    logs, row = 0, Kp if G > 1 else 1
+    qs, ks, inverse = CHUNK * Kp + Kp, 2 * CHUNK * Kp + Kp, 3 * CHUNK * Kp + Kp
+    R_T, R = states + first_key, states + Kp * Vp + first_value
+    some, values = until_key - first_key, until_value - first_value
+    blocks = -(-K // LANES)
+    channels = K if G > 1 else blocks  # of dg
+    at, end = (b * H + h) * K * V, ends + count * Kp
+    transpose(K, V, (x, states, Kp), (dlast, at, V))
+    multiply(V, some, ((x, R_T, Kp),), ((x, R_T, Kp), (x, end + first_key, 0)))
+    multiply(K, values, ((x, R, Vp),), ((dlast, at + first_value, V), (x, end)))
+    dot(K, V, ((x, total),), ((dlast, at, V), (last, at, V)))
+    if G == 1:  # one sum for every vector of keys, wherever the keys are split
+        for block in range(blocks):
+            sum_ = np.float32(0.0)
+            for c in range(block * LANES, min(K, (block + 1) * LANES)):
+                sum_ += x[total + c]
+            x[total + block] = sum_
     for chunk in range(count - 1, -1, -1):
-        t, size = begins[chunk], sizes[chunk]
-        tall = -(-size // 4) * 4
-        ahead, beyond = max(0, t - 2 * CHUNK), t - CHUNK
-        prefetch(q, b, ahead, beyond, h)
-        prefetch(k, b, ahead, beyond, h)
-        prefetch(v, b, ahead, beyond, h)
-        prefetch(do, b, ahead, beyond, h)
-        prefetch(dq, b, ahead, beyond, h)
-        prefetch(g, b, ahead, beyond, h)
-        prefetch(dk, b, ahead, beyond, h)
-        prefetch(dv, b, ahead, beyond, h)
-        prefetch(dg, b, ahead, beyond, h)
-        cumulate(g, b, h, t, size, e)
-        decays(g, b, h, t, size, e, inverse, first)
-        load(q, b, h, t, size, q_rows)
-        copy_floats(q_rows, 0, qs, 0, size * K)
-        multiply(qs, e, scale, size)
-        load(k, b, h, t, size, k_rows)
-        copy_floats(k_rows, 0, ks, 0, size * K)
-        multiply(ks, inverse, one, size)
-        load(v, b, h, t, size, vs)
-        load(do, b, h, t, size, dos)
-        closing = e[size - 1]
-        for j in range(K):
-            factor[j] *= closing[j]
-        # dv = (k e^-G) R + A^T do
-        transpose(ks, CHUNK, K, k_columns)
-        matmul_into(qs, K, 1, k_columns, scores, tall, keys, CHUNK)
-        keep_lower(scores, size)
-        copy_floats(ks, 0, reads, 0, size * K)
-        multiply_columns(reads, factor, size)
-        matmul_into(reads, K, 1, R, dvs, tall, keys, V)
-        matmul_upper(scores, 1, CHUNK, dos, dvs, tall, size, V)
-        store(dvs, b, h, t, size, dv)
-        # dk = e^-G (v R^T + P^T (q e^G))
-        copy_floats(saved, t * CHUNK, scores, 0, size * CHUNK)
-        matmul_into(vs, V, 1, R_T, grad, tall, values, K)
-        multiply_columns(grad, factor, size)
-        matmul_upper(scores, 1, CHUNK, qs, grad, tall, size, K)
-        multiply(grad, inverse, one, size)
-        store(grad, b, h, t, size, dk)
-        # R before the chunk, but for its first token's decay
-        matmul_rows(qs, 1, K, dos, R, K, size, V, factor)
-        matmul_columns(dos, 1, V, qs, R_T, V, size, K, factor)
-        # dg = reverse cumulative sum of q dq - k dk
-        load(dq, b, h, t, size, reads)
-        multiply(q_rows, reads, one, size)
-        multiply(k_rows, grad, one, size)
-        for m in range(size - 1, -1, -1):
-            now, from_k = q_rows[m], k_rows[m]
-            for j in range(K):
-                total[j] += now[j] - from_k[j]
-            copy_floats(total, 0, q_rows, m * K, K)
-            if channels == 1:
-                sum_ = ZERO
-                for j in range(keys):
-                    sum_ += now[j]
-                dg[b, t + m, h, 0] = sum_
-        if channels > 1:
-            store(q_rows, b, h, t, size, dg)
-        copy_floats(first, 0, factor, 0, K)
-        if codes.shape[0] > 0 and codes[b, t] == 1:  # nothing came before: the first token's decay acted on zeros
-            for j in range(channels):
-                dg[b, t, h, j] = ZERO
-            for j in range(K):
-                total[j] = ZERO
-            clear(R, 0, K)
-            clear(R_T, 0, V)
-    for j in range(keys):
-        row, f = R[j], factor[j]
-        for c in range(values):
-            row[c] *= f
-        copy_floats(R, j * V, dstate, at + j * values, values)
+        t, size = np.int64(chunks[0, chunk]), np.int64(abs(chunks[1, chunk]))
+        strong = chunks[1, chunk] < 0
+        token, end = (b * T + t) * H + h, ends + chunk * Kp
+        ahead = max(b * T + t - 2 * CHUNK, 0) * H + h
+        for row_ in (q, k, dq, dk):
+            prefetch(CHUNK, K, (row_, ahead * K, H * K))
+        for row_ in (v, do, dv):
+            prefetch(CHUNK, V, (row_, ahead * V, H * V))
+        prefetch(CHUNK, G, (g, ahead * G, H * G))
+        prefetch(CHUNK, channels, (dg, ahead * channels, H * channels))
+        cumulate_logs(x, logs, row, g, token * G, H * G, G, size, strong)
+        outputs = (x, qs, Kp), (x, ks, Kp), (x, inverse, Kp)
+        query, key = (q, token * K, H * K), (k, token * K, H * K)
+        if G > 1:
+            all_of_logs(size, K, outputs, ((x, logs, Kp), query, key, scale))
+        else:
+            exp_and_inverse(1, size, ((x, logs, 0), (x, logs + CHUNK, 0)), ((x, logs, 0),))
+            all_(size, K, outputs, ((x, logs), (x, logs + CHUNK), query, key, scale))
+        if values > 0:  # dv = (k e^-G) R + A^T do
+            upstream = (do, token * V + first_value, H * V)
+            transpose(size, K, (x, turned, CHUNK), (x, ks, Kp))
+            scores(size, CHUNK, (x, pairs, CHUNK), (x, qs, Kp, 1), (x, turned, CHUNK), K, (), (x, 0, 0))
+            read_later(
+                *(size, values, (dv, token * V + first_value, H * V), (x, ks, Kp, 1), (x, R, Vp), K),
+                *(((x, pairs, 1, CHUNK), upstream, size), (x, 0, 0)),
+            )
+            write_rows(K, values, (x, R, Vp), (x, qs, 1, Kp), upstream, size, (), (x, end, 0))
+        if some > 0:  # dk = e^-G (v R^T + P^T (q e^G))
+            read_later_scaled(
+                *(size, some, (dk, token * K + first_key, H * K), (v, token * V, H * V, 1), (x, R_T, Kp), V),
+                ((x, saved + t * CHUNK, 1, CHUNK), (x, qs + first_key, Kp), size),
+                (x, inverse + first_key, Kp),
+            )
+            write_columns(
+                *(V, some, (x, R_T, Kp), (do, token * V, 1, H * V), (x, qs + first_key, Kp), size, ()),
+                (x, end + first_key, 0),
+            )
+            # dg = reverse cumulative sum of q dq - k dk
+            back, final = -H * K, (token + (size - 1) * H) * K + first_key
+            if G > 1:
+                accumulate(
+                    *(size, some, ((x, total + first_key, 0), (dg, final, back))),
+                    ((q, final, back), (dq, final, back), (k, final, back), (dk, final, back)),
+                )
+            else:
+                for block in range(first_key // LANES, -(-until_key // LANES)):
+                    begin = token * K + block * LANES
+                    here = (q, begin, H * K), (dq, begin, H * K), (k, begin, H * K), (dk, begin, H * K)
+                    sum_of_differences(size, min(LANES, K - block * LANES), ((x, first),), here)
+                    sum_ = x[total + block]
+                    for m in range(size - 1, -1, -1):
+                        sum_ += x[first + m]
+                        dg[(token + m * H) * blocks + block] = sum_
+                    x[total + block] = sum_
+        if codes.size > 0 and codes[b * T + t] == 1:  # nothing came before: the first decay acted on zeros
+            clear(K, values, ((x, R, Vp),), ())
+            clear(V, some, ((x, R_T, Kp),), ())
+            if some > 0 and G > 1:
+                clear(1, some, ((x, total + first_key, 0),), ())
+                clear(1, some, ((dg, token * K + first_key, 0),), ())
+            elif some > 0:
+                begin, number = first_key // LANES, -(-until_key // LANES) - first_key // LANES
+                clear(1, number, ((x, total + begin, 0),), ())
+                clear(1, number, ((dg, token * blocks + begin, 0),), ())
+        elif strong:
+            exp_of(x, first, K, g, token * G, G)
+            multiply(K, values, ((x, R, Vp),), ((x, R, Vp), (x, first)))
+            multiply(V, some, ((x, R_T, Kp),), ((x, R_T, Kp), (x, first + first_key, 0)))
+    multiply(K, values, ((dstate, at + first_value, V),), ((x, R, Vp), np.float32(1.0)))
