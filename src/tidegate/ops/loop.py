@@ -25,9 +25,10 @@ def over_time(
         return _as_one_operator(step, carry, inputs, reverse)
 
     outputs = []
-    order = range(inputs[0].shape[1])
-    for t in reversed(order) if reverse else order:
-        carry, output = step(carry, *(x[:, t] for x in inputs))
+    # Unbound, not indexed: the gradient of x[:, t] is a tensor as large as x, at every step.
+    steps = list(zip(*(x.unbind(1) for x in inputs), strict=True))
+    for now in reversed(steps) if reverse else steps:
+        carry, output = step(carry, *now)
         outputs.append(output)
     return carry, torch.stack(outputs[::-1] if reverse else outputs, dim=1)
 

@@ -11,31 +11,29 @@ import torch
 from torch import Tensor
 
 from tidegate.ops import kernels
-from tidegate.ops.kernels import LANES, jit
+from tidegate.ops.kernels import LANES, jit_views
 from tidegate.ops.linear_attention import numba_cpu as outer_products
-from tidegate.ops.linear_attention.chunk import CHUNK
-from tidegate.ops.linear_attention.sweeps import gradient_of_queries
+from tidegate.ops.linear_attention.sweeps import gradient_of_queries, places
 from tidegate.ops.slot_scores import parallel
 from tidegate.segments import Segments
 
 
-@jit
-def _forward(begin, end, slots, k, g, codes, state, scale, q, o, last):
-    time, heads, rows, width = slots.shape[1], slots.shape[2], slots.shape[3], k.shape[3]
-    M, K = -(-rows // LANES) * LANES, -(-width // LANES) * LANES
-    chunks, saved = np.empty((2, time), np.int64), np.empty((time, CHUNK), np.float32)
-    rows_ = np.zeros((8, CHUNK, M), np.float32)
-    vectors = np.ones((3, M), np.float32)
-    columns, scores = np.zeros((2, max(M, K), CHUNK), np.float32), np.zeros((CHUNK, CHUNK), np.float32)
-    values = np.zeros((3, CHUNK, K), np.float32)
-    S_T, R = np.zeros((K, M), np.float32), np.zeros((M, K), np.float32)
-    for problem in range(begin, end):
-        b, h = problem // heads, problem % heads
-        scratch = chunks, saved, rows_, vectors, columns, scores, values, S_T, R
-        gradient_of_queries(b, h, slots, k, g, codes, state, scale, q, o, scratch)
-        for m in range(rows):  # the sweep's state lags behind by one factor per row
-            for c in range(width):
-                last[b, h, m, c] = S_T[c, m] * vectors[1, m]
+@jit_views
+def _forward(begin, end, x, dims, unused, slots, k, g, codes, state, scale, q, o, last):
+    """The letters are linear attention's: K numbers the slots, V the keys' channels. Slots are split among threads."""
+    T, H, K, V, _ = dims
+    parts, Kp = -(-K // LANES), -(-K // LANES) * LANES
+    _, _, _, _, S, _, _, size = places(T, K, V)
+    chunks = x[size : size + 2 * T].view(np.int32).reshape(2, T)
+    while begin < end:
+        problem = begin // parts
+        first, until = (begin - problem * parts) * LANES, min((end - problem * parts) * LANES, K)
+        begin = min(end, (problem + 1) * parts)
+        b, h, at = problem // H, problem % H, problem * K * V
+        gradient_of_queries(x, chunks, dims, b, h, first, until, slots, k, g, codes, state, scale, q, o)
+        for slot in range(first, until):  # the sweep keeps its state turned
+            for c in range(V):
+                last[at + slot * V + c] = x[S + c * Kp + slot]
 
 
 def slot_scores(
@@ -52,10 +50,10 @@ def _forward_op(
 ) -> tuple[Tensor, Tensor]:
     # Padding is visited by no chunk: its output has to be zero beforehand.
     o, last = (torch.empty if codes is None else torch.zeros)(slots.shape), torch.empty(state.shape)
-    flags = np.zeros((0, 0), np.uint8) if codes is None else kernels.array(codes)
-    inputs = [kernels.array(x) for x in (slots, k, log_decay)]
-    after = (flags, kernels.array(state), np.float32(scale), kernels.array(q), o.numpy(), last.numpy())
-    kernels.run(_forward, q.shape[0] * q.shape[2], *inputs, *after)
+    (_, time, _, rows), width = slots.shape, k.shape[-1]
+    parts, scratch = kernels.pad(rows) // LANES, places.py_func(time, rows, width)[-1] + 2 * time
+    arguments = kernels.flat(state), np.float32(scale), kernels.flat(q), o.view(-1).numpy(), last.view(-1).numpy()
+    outer_products._run(_forward, parts, scratch, slots, slots, k, log_decay, codes, *arguments)
     return o, last
 
 
