@@ -83,6 +83,29 @@ def selective_scan(segments):
     return lambda: ops.selective_scan(x, dt, a, b, c, **options), (x, dt, a, b, c, d, bias, z, state)
 
 
+def diagonal_ssm(segments):
+    u, state = leaf(B, T, K), leaf(B, K, 4, complex_numbers=True)
+    decay, weight = leaf(K, 4, complex_numbers=True), leaf(K, 4, complex_numbers=True)
+    inputs = (u, decay, weight, state)
+    return lambda: ops.diagonal_ssm(u, decay / (1 + decay.abs()), weight, state=state, segments=segments), inputs
+
+
+def sru(segments):
+    x, projected, bias, weight, state = leaf(B, T, K), leaf(B, T, 3 * K), leaf(2, K), leaf(2, K), leaf(B, K)
+    inputs = (x, projected, bias, weight, state)
+    return lambda: ops.sru(x, projected, bias, weight, state=state, segments=segments), inputs
+
+
+def slot_scores(segments):
+    q, k, slots, g, state = leaf(B, T, H, K), leaf(B, T, H, K), leaf(B, T, H, V), decay(B, T, H, V), leaf(B, H, V, K)
+    return lambda: ops.slot_scores(q, k, slots, g, state=state, segments=segments), (q, k, slots, g, state)
+
+
+def additive_decay(segments):
+    x, state = leaf(B, T, K), leaf(B, K)
+    return lambda: ops.additive_decay(x, state=state, segments=segments), (x, state)
+
+
 def short_convolution(segments):
     x, weight, bias, state = leaf(B, T, K), leaf(K, 4), leaf(K), leaf(B, 3, K)
     return lambda: ops.short_convolution(x, weight, bias, state=state, segments=segments), (x, weight, bias, state)
@@ -101,6 +124,10 @@ OPS: dict[str, Callable] = {
     "delta rule, decay by key": delta_rule(B, T, H, K),
     "dplr": dplr,
     "selective scan": selective_scan,
+    "diagonal ssm": diagonal_ssm,
+    "sru": sru,
+    "slot scores": slot_scores,
+    "additive decay": additive_decay,
     "short convolution": short_convolution,
 }
 

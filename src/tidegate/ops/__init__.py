@@ -1,17 +1,23 @@
 """Recurrences as pure functions on tensors: state in, state out, gradients through both."""
 
+from tidegate.ops.additive_decay import additive_decay
 from tidegate.ops.attention import attention
 from tidegate.ops.convolution import short_convolution
 from tidegate.ops.delta import delta_rule, dplr
+from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.ops.gated_norm import gated_norm
 from tidegate.ops.linear_attention import linear_attention
 from tidegate.ops.mlstm import mlstm
 from tidegate.ops.scan import scan
 from tidegate.ops.selective_scan import selective_scan
+from tidegate.ops.slot_scores import slot_scores
+from tidegate.ops.sru import sru
 
 __all__ = [
+    "additive_decay",
     "attention",
     "delta_rule",
+    "diagonal_ssm",
     "dplr",
     "gated_norm",
     "linear_attention",
@@ -19,4 +25,6 @@ __all__ = [
     "scan",
     "selective_scan",
     "short_convolution",
+    "slot_scores",
+    "sru",
 ]

@@ -80,11 +80,11 @@ def _read_before_write(q, k, v, log_decay, scale, state, segments, bonus):
     continues, reads the state that was passed in.
     """
     if segments is None:
-        asked = torch.nn.functional.pad(q[:, 1:], (0, 0, 0, 0, 0, 1))
+        # Cut after joining: q[:, 1:] alone would tie an exported program to T > 2.
+        asked = torch.cat([q, torch.zeros_like(q[:, :1])], 1)[:, 1:]
         answers, last = _dispatch(asked, k, v, log_decay, scale, state, segments)
-        answers = torch.nn.functional.pad(answers[:, :-1], (0, 0, 0, 0, 1, 0))
-        continues = torch.zeros(q.shape[:2], dtype=torch.bool, device=q.device)
-        continues[:, 0] = True
+        first = scale * torch.einsum("bhk,bhkv->bhv", q[:, 0].to(state.dtype), state)
+        o = torch.cat([first.unsqueeze(1), answers.to(state.dtype)], 1)[:, :-1]
     else:
         previous = segments.previous()
         asks = (previous >= 0)[..., None, None]
@@ -92,9 +92,10 @@ def _read_before_write(q, k, v, log_decay, scale, state, segments, bonus):
         asked = torch.zeros_like(q).scatter_add(1, index.expand_as(q), torch.where(asks, q, 0))
         answers, last = _dispatch(asked, k, v, log_decay, scale, state, segments)
         answers = torch.where(asks, answers.gather(1, index.expand_as(v)), 0)
-        continues = segments.valid & (segments.documents == 0) & (previous < 0)
-    first = scale * torch.einsum("bthk,bhkv->bthv", q.to(state.dtype), state)
-    o = answers.to(state.dtype) + torch.where(continues[..., None, None], first, 0)
+        continues = (segments.valid & (segments.documents == 0) & (previous < 0))[..., None, None]  # one in a row
+        asking = torch.where(continues, q, 0).sum(1).to(state.dtype)
+        first = scale * torch.einsum("bhk,bhkv->bhv", asking, state)
+        o = torch.where(continues, first.unsqueeze(1), answers.to(state.dtype))
     if bonus is not None:
         seen = (q * bonus.to(q.dtype) * k).sum(-1, keepdim=True)
         o = o + scale * zero_padding(seen * v, segments).to(state.dtype)
