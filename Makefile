@@ -18,8 +18,8 @@ help:  ## this list
 demo: $(VENV)/.installed  ## train a small language model on built-in text: score, picture and sample, in minutes
 	$(RUN)/tidegate train --recipe recipes/demo.yaml
 
-test: $(VENV)/.installed  ## all quick tests, docstring examples included
-	$(RUN)/python -m pytest
+test: $(VENV)/.installed  ## all quick tests, docstring examples included, on all cores
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto
 
 test-slow: $(VENV)/.installed  ## the tests that take longer than CI allows
 	$(RUN)/python -m pytest -m slow

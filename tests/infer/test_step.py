@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -139,6 +140,70 @@ def test_a_replaced_parameter_is_seen():
         assert_near(step(x, state)[0], mixer(x, state)[0])
 
 
+@pytest.mark.parametrize("way", ["strides", "submodule", "parametrized"])
+def test_a_module_that_has_changed_is_followed(way):
+    mixer = build("gla")
+    step = compile_step(mixer)
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    step(x, state)
+    weight = torch.randn_like(mixer.o_proj.weight)
+    if way == "strides":
+        mixer.o_proj.weight = nn.Parameter(weight.t().contiguous().t())
+    elif way == "submodule":
+        mixer.o_proj = nn.Linear(32, 32, bias=False)
+    else:
+        torch.nn.utils.parametrizations.weight_norm(mixer.o_proj)
+        with torch.no_grad():
+            mixer.o_proj.parametrizations.weight.original0.mul_(3.0)
+    with torch.no_grad():
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+
+
+def test_a_module_that_no_longer_fits_is_refused():
+    mixer = build("gla")
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    step = compile_step(mixer)
+    mixer.o_proj.weight = nn.Parameter(torch.zeros(3, 32))
+    with pytest.raises(ValueError, match=r"shape \(32, 3\), but this step was compiled for \(32, 32\)"):
+        step(x, state)
+    for change in (lambda mixer: mixer.double(), lambda mixer: mixer.to("meta")):
+        mixer = build("gla")
+        step = compile_step(mixer)
+        change(mixer)
+        with pytest.raises(Unsupported, match="calculates in float32 on the CPU"):
+            step(x, state)
+
+
+def test_modes_of_the_parts_are_kept():
+    model = LanguageModel(11, 32, "2*lstm")
+    model.blocks[0].eval()
+    modes = [part.training for part in model.modules()]
+    compile_step(model)
+    assert [part.training for part in model.modules()] == modes
+
+
+def test_a_copy_is_a_step_of_the_copied_module():
+    mixer = build("lru")
+    step = copy.deepcopy(compile_step(mixer))
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    with torch.no_grad():
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+    assert step.module is not mixer
+
+
+def test_compiling_under_autocast_and_another_default():
+    mixer = build("gru")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu"):
+            step = compile_step(mixer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, state = torch.randn(1, 1, 32), mixer.init_state(1)
+    with torch.no_grad():
+        assert_near(step(x, state)[0], mixer(x, state)[0])
+
+
 def test_a_model_made_for_inference_alone():
     with torch.inference_mode():
         mixer = build("rg-lru")
@@ -240,6 +305,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="batch_size: seen 0"):
             compile_step(build("gla"), 0)
 
+    @pytest.mark.parametrize("token", [-1, 11, 2**40])
+    def test_tokens_outside_the_vocabulary(self, token):
+        model = LanguageModel(11, 32, "lstm")
+        with pytest.raises(ValueError, match=f"x: seen token {token}, but the vocabulary has the tokens 0 to 10"):
+            compile_step(model, 2)(torch.tensor([[3], [token]]), model.init_state(2))
+
     def test_other_shapes(self):
         mixer = build("gla")
         step = compile_step(mixer)
@@ -250,5 +321,7 @@ class TestRefusals:
             step(torch.randn(1, 1, 32).double(), state)
         with pytest.raises(ValueError, match=r"state: seen"):
             step(torch.randn(1, 1, 32), mixer.init_state(2))
+        with pytest.raises(ValueError, match=r"state: seen .* on meta"):
+            step(torch.randn(1, 1, 32), state.to("meta"))
         with pytest.raises(ValueError, match="belongs to another model"):
             step(torch.randn(1, 1, 32), State(a=torch.zeros(1)))

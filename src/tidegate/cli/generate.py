@@ -36,14 +36,17 @@ def generate(
     import torch
 
     from tidegate.infer.sampling import check_sampling, row_seeds
-    from tidegate.infer.step import compile_step
+    from tidegate.infer.step import Unsupported, compile_step
     from tidegate.infer.text import TextGeneration
     from tidegate.models.language import LanguageModel
     from tidegate.tasks.language.tokenizer import load_tokenizer
 
     check_sampling(temperature, top_k, top_p)
     model, tokenizer = LanguageModel.load(run), load_tokenizer(run)
-    step = compile_step(model) if compiled else False
+    try:
+        step = compile_step(model) if compiled else False
+    except Unsupported as error:
+        raise ValueError(f"--compiled: this model has no compiled step ({error}); leave the option out") from None
     seed = torch.seed() % 2**62 if seed is None else seed
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop

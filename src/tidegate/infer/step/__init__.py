@@ -29,7 +29,8 @@ def compile_step(module: nn.Module, batch_size: int = 1) -> Step:
     the state is what the module returns and takes, so the two can take turns. The module is traced once, in a tenth of
     a second per layer, into a program of the step machine: nothing is compiled for it, and all modules share the
     compiled interpreter. Weights are read where they are, so training steps and `load_state_dict` are seen (an
-    assignment through `.data` is not always: call `step.refresh()` after one).
+    assignment through `.data` is not always: call `step.refresh()` after one). Hooks are traced, those added later not
+    seen.
 
     Raises `Unsupported` for a module on another device than the CPU or of another dtype than float32, whose state grows
     with the sequence, or that uses an operator the machine does not know; the module itself still works then.
@@ -53,27 +54,39 @@ class Step:
         if batch_size < 1:
             raise ValueError(f"batch_size: seen {batch_size}, wanted at least 1")
         self.module, self.batch_size = module, batch_size
+        self._lock = threading.Lock()  # one workspace: calls from several threads take turns
+        self._compile()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.batch_size)  # a copy is compiled for the copied module
+
+    def _compile(self) -> None:
+        """Trace the module as it is now."""
+        module = self.module
+        self._tree = [(part._modules, list(part._modules.values())) for part in module.modules()]
         self._places = {
             name: (_owner(module, name), name.rpartition(".")[2])
             for name, _ in (*module.named_parameters(), *module.named_buffers())
         }
-        for name, parameter in zip(self._places, self._weights(), strict=True):
-            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.int64, torch.bool):
-                kind = f"{parameter.dtype} on {parameter.device}"
-                raise Unsupported(f"module: {name} is {kind}; the step machine calculates in float32 on the CPU")
+        self._check_weights()
         if GROWS in _numbers(module.state_spec()):  # type: ignore[operator]
             raise Unsupported("module: its state grows with the sequence, so that no two steps are alike")
-        state = module.init_state(batch_size, dtype=torch.float32)  # type: ignore[operator]
-        self._template = state
+        state = module.init_state(self.batch_size, dtype=torch.float32, device="cpu")  # type: ignore[operator]
         x = self._example()
         self._takes = [(tuple(t.shape), t.dtype) for t in (x, *_tensors(state))]
         self._trace(x, state)
 
+    def _check_weights(self) -> None:
+        for name, weight in zip(self._places, self._weights(), strict=True):
+            if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.int64, torch.bool):
+                kind = f"{weight.dtype} on {weight.device}"
+                raise Unsupported(f"module: {name} is {kind}; the step machine calculates in float32 on the CPU")
+
     def _example(self) -> Tensor:
         if hasattr(self.module, "vocab_size"):
-            return torch.zeros(self.batch_size, 1, dtype=torch.long)
+            return torch.zeros(self.batch_size, 1, dtype=torch.int64, device="cpu")
         dim: Any = self.module.dim
-        return torch.zeros(self.batch_size, 1, dim)
+        return torch.zeros(self.batch_size, 1, dim, dtype=torch.float32, device="cpu")
 
     def _trace(self, x: Tensor, state: State) -> None:
         from torch._decomp import core_aten_decompositions, get_decompositions
@@ -103,17 +116,18 @@ class Step:
                 aten._softmax,
             ]
         )
-        training = self.module.training
+        modes = [(part, part.training) for part in self.module.modules()]
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 traced = make_fx(
                     torch.func.functionalize(step, remove="mutations"),
                     {**core_aten_decompositions(), **more},
                     tracing_mode="fake",
                 )([weight.detach() for weight in self._weights()], x, *_tensors(state))
         finally:
-            self.module.train(training)
+            for part, training in modes:
+                part.training = training
         traced.graph.eliminate_dead_code()
         placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
         count = len(self._places)
@@ -123,14 +137,14 @@ class Step:
         lowering = Lowering(traced.graph, count, self._evaluate)
         self._program = program = lowering.run()
         self._static_nodes = lowering.statics
-        self._workspace = torch.zeros(program.workspace + 64, dtype=torch.uint8)
+        self._workspace = np.zeros(program.workspace + 64, np.uint8)
         self._scratch = np.zeros((2, 8), np.int64)
         self._counters = np.zeros(1 + 2 * len(program.offered), np.int64)
         self._bases = np.zeros(2 + len(self._static_nodes) + len(self._takes) + len(program.outputs), np.int64)
-        self._bases[0] = -(-self._workspace.data_ptr() // 64) * 64
+        self._bases[0] = -(-self._workspace.ctypes.data // 64) * 64
         self._bases[1] = program.constants.ctypes.data
         self._first_input = 2 + len(self._static_nodes)
-        self._lock = threading.Lock()  # one workspace: calls from several threads take turns
+        self._layouts: list[tuple[Any, ...]] | None = None
         self.refresh()
 
     # -- weights -------------------------------------------------------------------------------------------------------
@@ -151,11 +165,27 @@ class Step:
         return self._evaluated[node]
 
     def refresh(self) -> None:
-        """Compute anew what depends on the weights alone."""
+        """Compute anew what depends on the weights alone.
+
+        Raises ValueError for a weight of another shape than the step was compiled for, Unsupported for another dtype.
+        """
+        self._check_weights()
         self._placeholders = dict(zip(self._placeholders, self._weights(), strict=True))
         self._evaluated = {}
-        self._statics = [hold(self._evaluate(node)) for node in self._static_nodes]
-        self._bases[2 : self._first_input] = [tensor.data_ptr() for tensor in self._statics]
+        statics = [hold(self._evaluate(node)) for node in self._static_nodes]
+        if self._layouts is None:
+            self._layouts = [(tensor.shape, tensor.stride()) for tensor in statics]
+        for position, (shape, stride) in enumerate(self._layouts):
+            tensor = statics[position]
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"module: a weight has now the shape {tuple(tensor.shape)}, but this step was compiled for "
+                    f"{tuple(shape)}; compile_step again"
+                )
+            if tensor.stride() != stride:
+                statics[position] = torch.empty_strided(shape, stride, dtype=tensor.dtype, device="cpu").copy_(tensor)
+        self._statics = statics
+        self._bases[2 : self._first_input] = [tensor.data_ptr() for tensor in statics]
         self._stamp = self._seen()
 
     def _seen(self) -> list[Any]:
@@ -168,6 +198,14 @@ class Step:
     # -- a step --------------------------------------------------------------------------------------------------------
     def __call__(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """y and the new state; as the module's, to rounding. Raises ValueError where x or state has another shape."""
+        with self._lock:
+            if any(list(held.values()) != parts for held, parts in self._tree):
+                self._compile()  # a part of the module was replaced
+            elif self._seen() != self._stamp:
+                self.refresh()
+            return self._run(x, state)
+
+    def _run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         from tidegate.infer.step import machine
 
         program = self._program
@@ -175,25 +213,27 @@ class Step:
         if len(given) != len(self._takes):
             raise ValueError("state: has other entries than this step's module keeps; it belongs to another model")
         for position, (tensor, (shape, dtype)) in enumerate(zip(given, self._takes, strict=True)):
-            if tensor.shape != shape or tensor.dtype != dtype:
+            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_cpu:
                 what = "x" if position == 0 else "state"
                 raise ValueError(
-                    f"{what}: seen {tuple(tensor.shape)} of {tensor.dtype}, but this step was compiled for {shape} of "
-                    f"{dtype}; call the module itself, or compile_step again"
+                    f"{what}: seen {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}, but this step was "
+                    f"compiled for {shape} of {dtype} on the CPU; call the module itself, or compile_step again"
                 )
-            if not tensor.is_contiguous() or tensor.is_conj():
-                given[position] = tensor.resolve_conj().contiguous()
-        results = [torch.empty(shape, dtype=dtype) for shape, dtype in program.outputs]
-        with self._lock:
-            if self._seen() != self._stamp:
-                self.refresh()
-            self._bases[self._first_input :] = [tensor.data_ptr() for tensor in (*given, *results)]
-            fixed = (self._bases, program.code, program.offered, self._counters, self._scratch)
-            if program.work >= _WORTHWHILE and torch.get_num_threads() > 1:
-                self._counters[:] = 0
-                together(lambda: machine.execute(*fixed, 1), lambda: machine.help_out(*fixed))
-            else:
-                machine.execute(*fixed, 0)
+            if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+                given[position] = tensor.resolve_conj().resolve_neg().contiguous()
+        for index, rows in program.limits:
+            tokens = given[index].flatten().tolist()
+            if min(tokens) < 0 or max(tokens) >= rows:
+                wrong = next(token for token in tokens if not 0 <= token < rows)
+                raise ValueError(f"x: seen token {wrong}, but the vocabulary has the tokens 0 to {rows - 1}")
+        results = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in program.outputs]
+        self._bases[self._first_input :] = [tensor.data_ptr() for tensor in (*given, *results)]
+        fixed = (self._bases, program.code, program.offered, self._counters, self._scratch)
+        if program.work >= _WORTHWHILE and torch.get_num_threads() > 1:
+            self._counters[:] = 0
+            together(lambda: machine.execute(*fixed, 1), lambda: machine.help_out(*fixed))
+        else:
+            machine.execute(*fixed, 0)
         return results[0], _rebuilt(self._template, iter(results[1:]))
 
 

@@ -102,7 +102,7 @@ def fill(node: fx.Node) -> Tensor | None:
     ones = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1}
     if name not in ones and name not in ("full_like", "new_full"):
         return None
-    return torch.full(_result(node).shape, ones.get(name, arguments[-1]), dtype=_result(node).dtype)
+    return torch.full(_result(node).shape, ones.get(name, arguments[-1]), dtype=_result(node).dtype, device="cpu")
 
 
 class Lowering:

@@ -67,6 +67,7 @@ class Program:
     constants: np.ndarray  # 8 bytes each
     workspace: int  # bytes
     outputs: list[tuple[tuple[int, ...], torch.dtype]]
+    limits: list[tuple[int, int]]  # inputs that are row numbers, and of how many rows
     work: int  # multiplications in shared products
 
 
@@ -90,6 +91,7 @@ class Writer:
         self._instructions: list[_Instruction] = []
         self._constants: dict[tuple[float, torch.dtype], Value] = {}
         self._outputs: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._limits: list[tuple[int, int]] = []
 
     # -- values --------------------------------------------------------------------------------------------------------
     def new(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Value:
@@ -224,6 +226,9 @@ class Writer:
         width = table.shape[1]
         if table.layout.stride(1) != 1 or not indices.layout.is_contiguous() or indices.dtype != torch.int64:
             raise Unsupported("a table or indices that are not contiguous int64")
+        if indices.storage.kind != "input":  # whose numbers are looked at before the program runs
+            raise Unsupported("rows of a table by computed indices")
+        self._limits.append((indices.storage.index, table.shape[0]))
         result = self.new((*indices.shape, width))
         places = [
             (result, (0, 0, width, 1)),
@@ -295,7 +300,7 @@ class Writer:
         for (number, dtype), value in self._constants.items():
             place = constants[value.storage.index : value.storage.index + 1]
             (place if dtype == torch.float64 else place.view(np.float32))[0] = number
-        return Program(code, np.array(offered, np.int64), constants, workspace, self._outputs, work)
+        return Program(code, np.array(offered, np.int64), constants, workspace, self._outputs, self._limits, work)
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------

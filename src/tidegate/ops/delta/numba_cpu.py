@@ -205,7 +205,7 @@ def backward_op(
     dims, *arguments = _arguments(q, k, v, a, b, beta, log_decay, codes, state, scale)
     counts = np.zeros(q.shape[0] * q.shape[2], np.int64)
     _run(count_kernel, q, v, dims, *arguments[6:8], counts, scratch=places.py_func(K, V)[-1])
-    most = max(1, int(counts.max()))
+    most = int(counts.max(initial=1))
     scratch = BLOCK * places.py_func(K, V)[-1] + scratch_of_chunk.py_func(K, V)
     scratch += q.shape[1] * V + -(-most // BLOCK) * K * V + 2 * most
     outside = [kernels.flat(do), kernels.flat(dfinal), *(x.view(-1).numpy() for x in gradients)]

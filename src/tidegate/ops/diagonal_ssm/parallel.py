@@ -16,7 +16,7 @@ from tidegate.segments import Segments, zero_padding
 def diagonal_ssm(
     u: Tensor, decay: Tensor, weight: Tensor, state: Tensor, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
-    if segments is None:
+    if segments is None and u.shape[0]:  # the FFT refuses an empty batch
         return _convolve(u, decay, weight, state)
     dim = u.shape[2]
     b = zero_padding(u, segments)[..., None].expand(-1, -1, -1, decay.shape[1]).to(decay.dtype).flatten(2)

@@ -131,7 +131,7 @@ def _backward(begin, end, block, x, p, bias, weight, state, codes, alpha, c, dy,
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 def _arguments(x: Tensor, projected: Tensor, bias: Tensor, weight: Tensor | None, state: Tensor, codes: Any) -> Any:
-    p = kernels.array(projected).reshape(*x.shape[:2], 3, -1)
+    p = kernels.array(projected).reshape(*x.shape[:2], 3, x.shape[2])
     v = np.zeros(tuple(bias.shape), np.float32) if weight is None else kernels.array(weight)
     flags = np.zeros((0, 0), np.uint8) if codes is None else kernels.array(codes)
     return kernels.array(x), p, kernels.array(bias), v, kernels.array(state), flags
@@ -176,7 +176,7 @@ def _backward_op(
     dx, dp, dstate = torch.empty(x.shape), torch.empty(projected.shape), torch.empty(state.shape)
     sums = torch.zeros(x.shape[0], 4, x.shape[2])
     given = (kernels.array(c), kernels.array(dy), kernels.array(dlast))
-    results = (dx.numpy(), dp.numpy().reshape(*x.shape[:2], 3, -1), sums.numpy(), dstate.numpy())
+    results = (dx.numpy(), dp.numpy().reshape(*x.shape[:2], 3, x.shape[2]), sums.numpy(), dstate.numpy())
     _run(_backward, *_arguments(x, projected, bias, weight, state, codes), np.float32(alpha), *given, *results)
     return dx, dp, sums.sum(0), dstate
 
