@@ -112,7 +112,7 @@ def write_lengths(
     """
     settings = list(dict.fromkeys(m.setting for m in measurements))
     names = list(dict.fromkeys(m.name for m in measurements))
-    figure, panels = _figure(2, len(settings))
+    figure, panels = _figure(2, len(settings), len(names))
     for row, setting in zip(panels, settings, strict=True):
         for panel, phase in zip(row, ("forward", training), strict=True):
             for index, name in enumerate(names):
@@ -121,7 +121,7 @@ def write_lengths(
                 panel.plot([m.length for m in own], [1e9 * s for s in seconds], label=name, **_style(index))
             ticks = sorted({m.length for m in measurements})
             _label(panel, phase + _which(setting, settings), "length T (tokens)", "time per token (ns)", ticks)
-    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _legend(panels[0][-1], len(names))
     figure.suptitle(title)
     _save(figure, path)
 
@@ -131,37 +131,47 @@ def _which(setting: tuple[int, int], settings: Sequence[tuple[int, int]]) -> str
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Ten colours; the second ten lines are dashed."""
-    dashed = index >= 10
+    """Ten colours; the second ten lines are dashed, then dotted, then both."""
+    kind = index // 10 % 4
     return {
         "color": f"C{index % 10}",
-        "linestyle": "--" if dashed else "-",
-        "marker": "s" if dashed else "o",
+        "linestyle": ("-", "--", ":", "-.")[kind],
+        "marker": "os^v"[kind],
         "markersize": 3,
     }
+
+
+def _legend(panel: Any, names: int) -> None:
+    panel.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, ncols=_columns(names))
+
+
+def _columns(names: int) -> int:
+    """Columns of a legend beside one row of panels."""
+    return -(-names // 16)
 
 
 def write_decode(path: Path, results: Sequence[Decode], title: str) -> None:
     """A picture of the time for one token against the number of tokens before it; a row for each setting."""
     settings = list(dict.fromkeys(r.setting for r in results))
-    figure, panels = _figure(1, len(settings))
+    names = list(dict.fromkeys(r.name for r in results))
+    figure, panels = _figure(1, len(settings), len(names))
     for (panel,), setting in zip(panels, settings, strict=True):
-        for index, name in enumerate(dict.fromkeys(r.name for r in results)):
+        for index, name in enumerate(names):
             own = [r for r in results if (r.name, r.setting) == (name, setting)]
             panel.plot([r.context for r in own], [1e6 * r.best for r in own], label=name, **_style(index))
         contexts = sorted({r.context for r in results})
         named = _which(setting, settings).removeprefix(", ")
         _label(panel, named, "tokens before this one", "time for one token (µs)", contexts)
-    panels[0][0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    _legend(panels[0][0], len(names))
     figure.suptitle(title)
     _save(figure, path)
 
 
-def _figure(columns: int, rows: int) -> tuple[Any, list[list[Any]]]:
+def _figure(columns: int, rows: int, names: int) -> tuple[Any, list[list[Any]]]:
     # The figure object itself, not pyplot: no window system is asked for, no global state is left behind.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 4.5 * columns, 0.5 + 4 * rows), layout="constrained")
+    figure = Figure(figsize=(2 * _columns(names) + 4.5 * columns, 0.5 + 4 * rows), layout="constrained")
     return figure, [list(row) for row in figure.subplots(rows, columns, sharey=True, squeeze=False)]
 
 

@@ -19,7 +19,7 @@ from tidegate.state import State
 
 __all__ = ["Step", "Unsupported", "compile_step"]
 
-_WORTHWHILE = 1 << 23  # multiplications (a millisecond); below, a second thread comes too late
+_WORTHWHILE = 1 << 22  # multiplications (half a millisecond); below, a second thread comes too late
 
 
 def compile_step(module: nn.Module, batch_size: int = 1) -> Step:
