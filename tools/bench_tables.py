@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/bench_tables.py [reports/bench]
 
-A table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, where NAME.json holds its figures; without that file it
-stays as it was.
+A table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, where NAME.json (or NAME.md, of peers) holds its
+figures; without that file it stays as it was.
 """
 
 from __future__ import annotations
