@@ -11,16 +11,10 @@ from torch import nn
 
 from tidegate import LanguageModel, registry
 from tidegate.infer import Unsupported, compile_step
-from tidegate.nn.mixer import GROWS, Mixer
+from tidegate.nn.mixer import Mixer, grows
 from tidegate.state import State
 
 TOLERANCE = 2e-5  # of the largest number, as for every float32 kernel
-
-
-def grows(spec) -> bool:
-    if isinstance(spec, dict):
-        return any(grows(inner) for inner in spec.values())
-    return spec == GROWS or (isinstance(spec, tuple) and any(grows(inner) for inner in spec))
 
 
 FIXED = [

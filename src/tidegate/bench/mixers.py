@@ -19,7 +19,7 @@ from tidegate.bench.roofline import Work
 from tidegate.bench.sweep import Call, Candidate, measure
 from tidegate.bench.timing import Timing, interleaved
 from tidegate.infer.step import Unsupported, compile_step
-from tidegate.nn.mixer import GROWS, Mixer
+from tidegate.nn.mixer import GROWS, Mixer, grows
 from tidegate.state import State
 
 
@@ -105,11 +105,6 @@ def _takes(name: str, dim: int) -> bool:
     return True
 
 
-def grows(mixer: Mixer) -> bool:
-    """Whether the state lengthens with the sequence."""
-    return any(GROWS in shape for shape, _ in _entries(mixer.state_spec()))
-
-
 def _window(mixer: Mixer) -> int:
     """How many tokens an attention looks back on at most; 0 without a limit."""
     return max((s[0] for s, _ in _entries(mixer.state_spec()) if len(s) > 1 and GROWS not in s), default=0)
@@ -151,7 +146,7 @@ def sweep(
         for length in sorted(lengths):
             calls = _runs(mixer, batch, length)
             taken.append(Candidate(name, batch, length, *calls, *work(name, batch, length, dim)))
-            if grows(mixer) and 4 * interleaved(calls[1:], 1, shortest=0)[0].median > patience:
+            if grows(mixer.state_spec()) and 4 * interleaved(calls[1:], 1, shortest=0)[0].median > patience:
                 break
         yield from measure(taken, limits, repetitions, patience)
 

@@ -13,6 +13,7 @@ from tidegate.bench.report import Measurement
 from tidegate.bench.roofline import Work
 from tidegate.bench.sweep import Call, Candidate, measure
 from tidegate.models.language import LanguageModel
+from tidegate.nn.mixer import grows
 from tidegate.nn.parts import feed_forward_width
 from tidegate.nn.weight_decay import weight_decay_groups
 
@@ -83,7 +84,7 @@ def sweep(
     mixers.known(names)
     limits = machine.ceilings(**ceilings)
     models = {name: build(name, dim, layers, vocabulary) for name in names}
-    growing = {name for name in names if mixers.grows(mixers.build(name, dim))}
+    growing = {name for name in names if grows(mixers.build(name, dim).state_spec())}
     steps: dict[str, tuple[int, float]] = {}  # of the growing ones: the length before, and the seconds of a step there
     for length in sorted(lengths):
         present = [

@@ -179,9 +179,10 @@ def _all(subject: Subject, longest: int, dim: int, console: Any) -> list[str]:
 def _quick_to_fill(context: int, dim: int, console: Any) -> list[str]:
     """All mixers, without those for which a long past costs minutes: every token of it looks at all before."""
     from tidegate.bench import mixers
+    from tidegate.nn.mixer import grows
 
     names = registered()
-    left = [name for name in names if context > 20_000 and mixers.grows(mixers.build(name, dim))]
+    left = [name for name in names if context > 20_000 and grows(mixers.build(name, dim).state_spec())]
     if left:
         console.print(f"Left out, as their past costs minutes: {', '.join(left)} (ask with --only).")
     return [name for name in names if name not in left]

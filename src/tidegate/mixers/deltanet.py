@@ -72,11 +72,6 @@ class DeltaNet(QKVMixer):
         self.norm = HeadNorm(self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(values, dim, bias=False, **factory)
 
-    def reset_parameters(self) -> None:
-        """PyTorch's defaults for every part."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
-
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import accumulation_dtype
-from tidegate.nn.parts import HeadNorm, check_heads, l2_normalise, log_uniform_steps, split_heads
+from tidegate.nn.parts import HeadNorm, check_heads, l2_normalise, log_uniform_steps, split_heads, step_log_decay
 from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import delta_rule
 from tidegate.registry import register
@@ -102,8 +101,7 @@ class DeltaProduct(QKVMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """PyTorch's defaults for the parts; the paper's ranges for the decay."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         if self.forget_gate:
             self.log_a.copy_((16 * torch.rand(self.heads)).clamp(min=1e-4).log())
             self.dt_bias.copy_(log_uniform_steps(self.heads))
@@ -131,6 +129,4 @@ class DeltaProduct(QKVMixer):
         return self.o_proj(y), State(new)
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        wide = accumulation_dtype(x.dtype)  # a decay of 0.999 has no room in half precision
-        step = nn.functional.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
-        return -self.log_a.to(wide).exp() * step
+        return step_log_decay(self.decay_proj(x), self.log_a, self.dt_bias)

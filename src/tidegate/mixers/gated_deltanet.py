@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import accumulation_dtype
-from tidegate.nn.parts import HeadNorm, l2_normalise, log_uniform_steps, split_heads
+from tidegate.nn.parts import HeadNorm, l2_normalise, log_uniform_steps, split_heads, step_log_decay
 from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import delta_rule
 from tidegate.registry import register
@@ -96,8 +95,7 @@ class GatedDeltaNet(QKVMixer):
 
     def reset_parameters(self) -> None:
         """PyTorch's defaults for the parts; the paper's ranges for the decay."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         with torch.no_grad():
             self.log_a.copy_((16 * torch.rand(self.heads)).clamp(min=1e-4).log())
             self.dt_bias.copy_(log_uniform_steps(self.heads))
@@ -111,14 +109,12 @@ class GatedDeltaNet(QKVMixer):
         if self.heads != self.num_heads:
             q, k = (part.repeat_interleave(self.heads // self.num_heads, 2) for part in (q, k))
         beta = self.beta_proj(x).sigmoid() * (2 if self.negative_eigenvalues else 1)
-        wide = accumulation_dtype(x.dtype)  # a decay of 0.999 has no room in half precision
-        step = nn.functional.softplus(self.decay_proj(x).to(wide) + self.dt_bias.to(wide))
         o, new["memory"] = delta_rule(
             q,
             k,
             split_heads(v, self.heads),
             beta,
-            -self.log_a.to(wide).exp() * step,
+            step_log_decay(self.decay_proj(x), self.log_a, self.dt_bias),
             scale=self.key_dim**-0.5,
             state=state["memory"],
             segments=segments,

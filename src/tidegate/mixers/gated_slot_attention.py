@@ -92,11 +92,6 @@ class GatedSlotAttention(QKVMixer):
         self.norm = RMSNorm(num_heads * self.value_dim, eps=norm_eps, **factory)
         self.o_proj = nn.Linear(num_heads * self.value_dim, dim, bias=False, **factory)
 
-    def reset_parameters(self) -> None:
-        """PyTorch's defaults for every part."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
-
     def state_spec(self) -> dict[str, Any]:
         memories = {
             "key_slots": (self.num_heads, self.slots, self.key_dim),

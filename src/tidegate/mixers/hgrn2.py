@@ -87,8 +87,7 @@ class HGRN2(QKVMixer):
 
     def reset_parameters(self) -> None:
         """PyTorch's defaults; sigmoid(lower_bound_logit) at the lower bound."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         if self.lower_bound_logit is not None:
             nn.init.constant_(self.lower_bound_logit, math.log(self.bound / (1 - self.bound)))
 

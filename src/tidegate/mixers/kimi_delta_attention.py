@@ -97,8 +97,7 @@ class KimiDeltaAttention(QKVMixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """PyTorch's defaults for the parts; the official ranges for the decay."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         rate = 1 + 15 * torch.rand(self.heads)
         self.log_a.copy_(rate.log() if self.lower_bound is None else torch.zeros_like(rate))
         self.dt_bias.copy_(log_uniform_steps(self.heads * self.key_dim))

@@ -99,8 +99,7 @@ class LightNet(QKVMixer):
 
     def reset_parameters(self) -> None:
         """PyTorch's defaults for every part."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
         nn.init.ones_(self.norm_weight)
 
     def state_spec(self) -> dict[str, Any]:

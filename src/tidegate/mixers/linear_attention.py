@@ -79,11 +79,6 @@ class LinearAttention(Mixer):
         self.norm = None if normalise else HeadNorm(self.head_dim, eps=1e-5, **factory)
         self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
 
-    def reset_parameters(self) -> None:
-        """PyTorch's defaults."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
-
     def state_spec(self) -> dict[str, Any]:
         return {"memory": (self.num_heads, self.head_dim, self.head_dim + self.normalise)}
 

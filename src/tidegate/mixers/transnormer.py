@@ -84,11 +84,6 @@ class TransNormer(Mixer):
         self.layer_norm = nn.LayerNorm(dim, eps=norm_eps, **factory) if norm == "layer" else None
         self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
 
-    def reset_parameters(self) -> None:
-        """PyTorch's defaults for every part."""
-        for part in self.children():
-            part.reset_parameters()  # type: ignore[operator]
-
     def state_spec(self) -> dict[str, Any]:
         position = {"position": ((), torch.long)} if self.rotates else {}
         return {**position, "memory": (self.num_heads, self.head_dim, self.head_dim)}

@@ -30,6 +30,11 @@ class Mixer(nn.Module):
         """Name -> shape without the batch, or (shape, dtype) for one whose dtype is not the accumulation dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its state looks like")
 
+    def reset_parameters(self) -> None:
+        """Every part as it initialises itself; a mixer with parameters or ranges of its own adds to this."""
+        for part in self.children():
+            part.reset_parameters()  # type: ignore[operator]
+
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
@@ -70,6 +75,13 @@ class Mixer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+
+def grows(spec: Any) -> bool:
+    """Whether a state of this description, a mixer's or a model's, lengthens with the sequence."""
+    if isinstance(spec, Mapping):
+        return any(grows(inner) for inner in spec.values())
+    return any(grows(inner) for inner in spec) if isinstance(spec, tuple) else spec == GROWS
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

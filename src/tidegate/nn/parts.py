@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.mixer import accumulation_dtype
 from tidegate.ops import gated_norm, short_convolution
 from tidegate.ops.pointwise import swiglu
 from tidegate.segments import Segments
@@ -112,6 +113,12 @@ def token_shift(x: Tensor, last: Tensor, segments: Segments | None = None) -> tu
 def inverse_softplus(x: Tensor) -> Tensor:
     """The y with softplus(y) = x, for x > 0."""
     return x + torch.log(-torch.expm1(-x))
+
+
+def step_log_decay(logits: Tensor, log_a: Tensor, dt_bias: Tensor) -> Tensor:
+    """-exp(log_a) softplus(logits + dt_bias), float32 at least: the decay over an input-dependent time step."""
+    wide = accumulation_dtype(logits.dtype)  # a decay of 0.999 has no room in half precision
+    return -log_a.to(wide).exp() * nn.functional.softplus(logits.to(wide) + dt_bias.to(wide))
 
 
 def log_uniform_steps(*shape: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:

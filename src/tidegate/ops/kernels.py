@@ -134,24 +134,6 @@ def exp32(x):
     return x if x != x else y
 
 
-@inline
-def exp_and_inverse(x):
-    """exp(x) and exp(-x) for |x| <= 87 in little more than the time of one: their even and odd parts are the same.
-
-    x = n log 2 + r with |r| <= log(2) / 2. No range is checked; NaN gives NaN. Relative error 2e-7.
-    """
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    s = r * r
-    even = ((s * np.float32(1.3888889e-3) + np.float32(4.1666667e-2)) * s + np.float32(0.5)) * s + np.float32(1.0)
-    odd = ((s * np.float32(1.9841270e-4) + np.float32(8.3333333e-3)) * s + np.float32(1.6666667e-1)) * s
-    odd = odd * r + r
-    power = np.int32(np.int32(n) << np.int32(23))
-    up = np.int32(power + np.int32(127 << 23)).view(np.float32)
-    down = np.int32(np.int32(127 << 23) - power).view(np.float32)
-    return (even + odd) * up, (even - odd) * down
-
-
 # -- vectors and memory ------------------------------------------------------------------------------------------------
 @intrinsic
 def wide_vectors(typing_context):
@@ -188,7 +170,8 @@ def copy_floats(typing_context, source, source_at, target, target_at, count):
 
 
 @intrinsic
-def _prefetch(typing_context, x, at):
+def prefetch_line(typing_context, x, at):
+    """Ask for the cache line of x.flat[at], a contiguous array, ahead of time."""
     signature = types.void(x, types.intp)
 
     def generate(context, builder, signature, arguments):
@@ -201,19 +184,6 @@ def _prefetch(typing_context, x, at):
         return context.get_dummy_value()
 
     return signature, generate
-
-
-@jit_views
-def prefetch(x, b, begin, end, h):
-    """Ask for x[b, begin:end, h] (float32, contiguous) ahead of time.
-
-    Rows of one head lie a stride apart, which the machine's own prefetcher does not follow.
-    """
-    time, heads, width = x.shape[1], x.shape[2], x.shape[3]
-    for t in range(begin, min(end, time)):
-        at = ((b * time + t) * heads + h) * width
-        for c in range(0, width, 16):  # a cache line
-            _prefetch(x, at + c)
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------

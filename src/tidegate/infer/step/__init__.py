@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, fx, nn
 from tidegate.backend import backend
 from tidegate.infer.step.lower import Lowering, fill, hold
 from tidegate.infer.step.program import Unsupported
-from tidegate.nn.mixer import GROWS
+from tidegate.nn.mixer import grows
 from tidegate.ops.threads import together
 from tidegate.state import State
 
@@ -69,11 +68,11 @@ class Step:
             for name, _ in (*module.named_parameters(), *module.named_buffers())
         }
         self._check_weights()
-        if GROWS in _numbers(module.state_spec()):  # type: ignore[operator]
+        if grows(module.state_spec()):  # type: ignore[operator]
             raise Unsupported("module: its state grows with the sequence, so that no two steps are alike")
         state = module.init_state(self.batch_size, dtype=torch.float32, device="cpu")  # type: ignore[operator]
         x = self._example()
-        self._takes = [(tuple(t.shape), t.dtype) for t in (x, *_tensors(state))]
+        self._takes = [(tuple(t.shape), t.dtype) for t in (x, *state.tensors().values())]
         self._trace(x, state)
 
     def _check_weights(self) -> None:
@@ -101,7 +100,7 @@ class Step:
                 given = dict(zip(names, parameters, strict=True))
                 y, after = torch.func.functional_call(self.module, given, (x, before))
             self._template = after
-            return [y, *_tensors(after)]
+            return [y, *after.tensors().values()]
 
         aten = torch.ops.aten
         more: dict[Any, Any] = get_decompositions(
@@ -124,7 +123,7 @@ class Step:
                     torch.func.functionalize(step, remove="mutations"),
                     {**core_aten_decompositions(), **more},
                     tracing_mode="fake",
-                )([weight.detach() for weight in self._weights()], x, *_tensors(state))
+                )([weight.detach() for weight in self._weights()], x, *state.tensors().values())
         finally:
             for part, training in modes:
                 part.training = training
@@ -209,7 +208,7 @@ class Step:
         from tidegate.infer.step import machine
 
         program = self._program
-        given = [x, *_tensors(state)]
+        given = [x, *state.tensors().values()]
         if len(given) != len(self._takes):
             raise ValueError("state: has other entries than this step's module keeps; it belongs to another model")
         for position, (tensor, (shape, dtype)) in enumerate(zip(given, self._takes, strict=True)):
@@ -234,7 +233,8 @@ class Step:
             together(lambda: machine.execute(*fixed, 1), lambda: machine.help_out(*fixed))
         else:
             machine.execute(*fixed, 0)
-        return results[0], _rebuilt(self._template, iter(results[1:]))
+        new = iter(results[1:])
+        return results[0], self._template.map(lambda _: next(new))
 
 
 def _owner(module: nn.Module, name: str) -> dict[str, Any]:
@@ -242,28 +242,3 @@ def _owner(module: nn.Module, name: str) -> dict[str, Any]:
     owner = module.get_submodule(name.rpartition(".")[0])
     held: Any = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
     return held
-
-
-def _tensors(state: State) -> list[Tensor]:
-    found: list[Tensor] = []
-    for leaf in state.values():
-        if isinstance(leaf, State):
-            found += _tensors(leaf)
-        else:
-            found.append(leaf)
-    return found
-
-
-def _rebuilt(template: State, tensors: Iterator[Tensor]) -> State:
-    return State(
-        {name: _rebuilt(leaf, tensors) if isinstance(leaf, State) else next(tensors) for name, leaf in template.items()}
-    )
-
-
-def _numbers(spec: Any) -> list[Any]:
-    """All numbers in a state's description."""
-    if isinstance(spec, dict):
-        return [number for inner in spec.values() for number in _numbers(inner)]
-    if isinstance(spec, tuple):
-        return [number for inner in spec for number in _numbers(inner)]
-    return [spec]

@@ -190,6 +190,9 @@ def _(x, dy):
     return x.new_empty(x.shape)
 
 
+_call_swiglu_backward = kernels.direct(swiglu_backward)
+
+
 def _swiglu_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -198,7 +201,7 @@ def _swiglu_formula(ctx, dy):
     (x,) = ctx.saved_tensors
     if torch.is_grad_enabled():
         return kernels.differentiable_gradients(lambda x: (parallel.swiglu(x),), [x], (dy,))[0]
-    return kernels.direct(swiglu_backward)(x, dy)
+    return _call_swiglu_backward(x, dy)
 
 
 swiglu.register_autograd(_swiglu_formula, setup_context=_swiglu_setup)
@@ -229,13 +232,16 @@ def _(y, dy):
     return y.new_empty(y.shape)
 
 
+_call_elu_plus_one_backward = kernels.direct(elu_plus_one_backward)
+
+
 def _elu_setup(ctx, inputs, output):
     ctx.save_for_backward(output)
 
 
 def _elu_formula(ctx, dy):
     (y,) = ctx.saved_tensors
-    return dy * y.clamp(max=1) if torch.is_grad_enabled() else kernels.direct(elu_plus_one_backward)(y, dy)
+    return dy * y.clamp(max=1) if torch.is_grad_enabled() else _call_elu_plus_one_backward(y, dy)
 
 
 elu_plus_one.register_autograd(_elu_formula, setup_context=_elu_setup)
@@ -267,6 +273,9 @@ def _(x, bias, scale, dy):
     return x.new_empty(x.shape), bias.new_empty(bias.shape)
 
 
+_call_log_sigmoid_backward = kernels.direct(log_sigmoid_backward)
+
+
 def _log_sigmoid_setup(ctx, inputs, output):
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
@@ -277,7 +286,7 @@ def _log_sigmoid_formula(ctx, dy):
     if torch.is_grad_enabled():
         found = kernels.differentiable_gradients(lambda *x: (parallel.log_sigmoid(*x, ctx.scale),), inputs, (dy,))
         return (*found, None)
-    return (*kernels.direct(log_sigmoid_backward)(*inputs, ctx.scale, dy), None)
+    return (*_call_log_sigmoid_backward(*inputs, ctx.scale, dy), None)
 
 
 log_sigmoid.register_autograd(_log_sigmoid_formula, setup_context=_log_sigmoid_setup)
@@ -340,6 +349,9 @@ def _(x, shifted, mix, upstream):
     return x.new_empty(x.shape), x.new_empty(x.shape), mix.new_empty(mix.shape)
 
 
+_call_token_mix_backward = kernels.direct(token_mix_backward)
+
+
 def _mix_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -349,7 +361,7 @@ def _mix_formula(ctx, upstream):
     upstream = [torch.zeros_like(inputs[0]) if dy is None else dy for dy in upstream]
     if torch.is_grad_enabled():
         return (*kernels.differentiable_gradients(parallel.token_mix, inputs, upstream),)
-    return kernels.direct(token_mix_backward)(*inputs, upstream)
+    return _call_token_mix_backward(*inputs, upstream)
 
 
 token_mix.register_autograd(_mix_formula, setup_context=_mix_setup)

@@ -137,6 +137,9 @@ def _(u, gates, rate, first, da, db):
     return u.new_empty(u.shape), gates.new_empty(gates.shape), rate.new_empty(rate.shape)
 
 
+_call_rg_lru_gates_backward = kernels.direct(rg_lru_gates_backward)
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -145,7 +148,7 @@ def _formula(ctx, da, db):
     inputs = [*ctx.saved_tensors]
     if torch.is_grad_enabled():
         return (*kernels.differentiable_gradients(parallel.rg_lru_gates, inputs, (da, db)),)
-    return (*kernels.direct(rg_lru_gates_backward)(*inputs, da, db), None)
+    return (*_call_rg_lru_gates_backward(*inputs, da, db), None)
 
 
 rg_lru_gates.register_autograd(_formula, setup_context=_setup)

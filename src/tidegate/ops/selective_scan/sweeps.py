@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tidegate.ops.kernels import LANES, _prefetch, copy_floats, jit_views, wide_vectors
+from tidegate.ops.kernels import LANES, copy_floats, jit_views, prefetch_line, wide_vectors
 from tidegate.ops.vector import exp2, fill, load, load_some, sigmoid, softplus, splat, store, store_some, total
 
 CHUNK = 32
@@ -52,7 +52,7 @@ def prefetch(x, batch, begin, part, low, high):
     if begin >= 0 and time > 0:
         for t in range(begin + part * CHUNK // SPAN, min(begin + (part + 1) * CHUNK // SPAN, time)):
             for channel in range(low, min(low + SPAN * LANES, high), 16):  # a cache line
-                _prefetch(x, (batch * time + t) * dim + channel)
+                prefetch_line(x, (batch * time + t) * dim + channel)
 
 
 @jit_views
