@@ -90,6 +90,17 @@ def test_families_properties_and_reasons_are_checked():
     assert {"causality", "constant_state"} <= PROPERTIES
 
 
+@pytest.mark.parametrize("excused", ["causality", "streaming", "drift"])
+def test_what_does_not_stream_is_no_layer_of_a_language_model(excused):
+    register("toy", family="cell", paper="toys", exceptions={excused: "because"})(Toy)
+    streams = excused == "drift"
+    assert info("toy").streams == streams
+    assert ("toy" in names(streaming=True)) == streams
+    assert "toy" in names()
+    assert registry.exceptions_of(Toy(4)) == {excused: "because"}
+    assert registry.exceptions_of(nn.Linear(2, 2)) == {}
+
+
 def test_did_you_mean_is_silent_when_nothing_is_close():
     assert did_you_mean("nothing", ["gla", "lstm"]) == ""
     assert did_you_mean("lsmt", ["gla", "lstm"]) == ", did you mean 'lstm'?"

@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tidegate import Segments
-from tidegate.segments import zero_padding
+from tidegate.segments import reorder, zero_padding
 
 
 def documents_of(segments: Segments) -> list[list[list[int]]]:
@@ -143,6 +143,30 @@ def test_cuts_in_time_join_to_the_whole(seed):
     assert torch.equal(torch.cat([piece.valid for piece in pieces], 1), segments.valid)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_reversed_against_the_definition(seed):
+    """Every document's tokens in the opposite order, none of them continuing."""
+    segments = random_segments(seed)
+    turned = segments.reversed()
+    for documents, opposite in zip(documents_of(segments), documents_of(turned), strict=True):
+        wanted = [[22 - time for time in reversed(times)] for times in reversed(documents) if times]
+        assert opposite == [[], *wanted]
+    for documents, from_state in zip(documents_of(turned), documents_of(segments.reversed(continues=True)), strict=True):
+        assert from_state == (documents[1:] or [[]])  # the same, but for the first, which continues
+    again = turned.reversed()
+    assert torch.equal(again.valid, segments.valid)
+    for twice, once in zip(documents_of(again), documents_of(segments), strict=True):
+        assert twice == [[], *(times for times in once if times)]
+
+
+def test_reversed_of_what_continues_of_padding_and_of_one_token():
+    assert Segments.packed([[2, 1]], continues=True).reversed().starts.int().tolist() == [[1, 1, 0]]
+    left = Segments.padded(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])).reversed()
+    assert left.valid.int().tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
+    assert left.starts.int().tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert Segments.packed([[1]]).reversed().starts.tolist() == [[True]]
+
+
 def test_cuts_in_rows():
     segments = random_segments(0)
     assert torch.equal(segments[[2, 0], 3:9].starts, segments.starts[[2, 0], 3:9])
@@ -150,6 +174,42 @@ def test_cuts_in_rows():
     for index in (3, (0, slice(None))):
         with pytest.raises(ValueError, match="index: wanted slices"):
             segments[index]
+
+
+# -- tokens that go elsewhere ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", range(6))
+def test_a_part_that_is_given_some_of_the_tokens(seed):
+    """Its documents are the row's with the others left out, and where its state ends empty the last one has none."""
+    segments = random_segments(seed)
+    keep = torch.rand(4, 3, 23, generator=torch.Generator().manual_seed(seed)) < 0.15
+    part, emptied = segments.routed(keep)
+    assert part.shape == (12, 23)
+    for row, documents in enumerate(documents_of(segments)):
+        for number in range(3):
+            kept = [[time for time in times if keep[row, number, time]] for times in documents]
+            own = documents_of(part[3 * row + number : 3 * row + number + 1, :])[0]
+            assert own == [kept[0], *[times for times in kept[1:] if times]]
+            assert bool(emptied[3 * row + number]) == (len(kept) > 1 and not kept[-1])
+    single, rows = segments.routed(keep[:, 1])
+    assert torch.equal(single.starts, part.starts[1::3])
+    assert torch.equal(rows, emptied[1::3])
+    with pytest.raises(ValueError, match=r"keep: seen \(rows, time\) = \(4, 22\), wanted \(4, 23\)"):
+        segments.routed(keep[:, 0, 1:])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_compacted_rows_hold_the_same_documents_without_holes(seed):
+    segments = random_segments(seed)
+    moved, order, place = segments.compacted()
+    x = torch.randn(4, 23, 2, 3)
+    dense = reorder(x, order)
+    for row, documents in enumerate(documents_of(segments)):
+        real = [time for times in documents for time in times]
+        assert order[row, : len(real)].tolist() == real
+        assert torch.equal(dense[row, : len(real)], x[row, real])
+        assert moved.valid[row].tolist() == [True] * len(real) + [False] * (23 - len(real))
+        assert [len(times) for times in documents_of(moved[row : row + 1, :])[0]] == [len(t) for t in documents]
+    assert torch.equal(reorder(dense, place), x)
 
 
 # -- padding -----------------------------------------------------------------------------------------------------------

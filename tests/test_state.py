@@ -108,6 +108,13 @@ def test_select_outside_the_batch_names_the_index(index):
         nested(batch=3).select(index)
 
 
+def test_a_state_without_tensors_has_the_same_for_every_row():
+    empty = State(layer=State())
+    assert same(empty.select(5), empty)
+    assert same(empty.select([0, 2]), empty)
+    assert same(State.concat([empty, empty]), empty)
+
+
 def test_concat_undoes_select():
     state = nested(batch=3)
     assert same(State.concat([state.select(0), state.select(slice(1, 3))]), state)

@@ -29,7 +29,9 @@ FAMILIES: Mapping[str, tuple[str, int]] = MappingProxyType(
 )
 
 # Properties of the contract suite that an architecture may be excused from, with a reason.
-PROPERTIES = frozenset({"causality", "constant_state", "double_backward", "threads", "drift", "extreme_gates", "vmap"})
+PROPERTIES = frozenset(
+    {"causality", "streaming", "constant_state", "double_backward", "threads", "drift", "extreme_gates", "vmap"}
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Info:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exceptions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it reads from the left and a state carries it on, as language models and generation need it."""
+        return not {"causality", "streaming"} & set(self.exceptions)
 
     @property
     def options(self) -> dict[str, inspect.Parameter]:
@@ -94,10 +101,10 @@ def register(
     return decorate
 
 
-def names() -> list[str]:
-    """All registered mixers, sorted."""
+def names(*, streaming: bool = False) -> list[str]:
+    """All registered mixers, sorted; with `streaming` those that a language model takes."""
     _discover()
-    return sorted(_mixers)
+    return sorted(name for name, known in _mixers.items() if known.streams or not streaming)
 
 
 def info(name: str) -> Info:
@@ -106,6 +113,11 @@ def info(name: str) -> Info:
     if name not in _mixers:
         raise ValueError(f"mixer: there is no {name!r}{did_you_mean(name, _mixers)}; `tidegate list` shows all")
     return _mixers[name]
+
+
+def exceptions_of(module: nn.Module) -> Mapping[str, str]:
+    """The exceptions that the module's class was registered with; none for one that is not registered."""
+    return next((known.exceptions for known in _mixers.values() if known.cls is type(module)), {})
 
 
 def build(name: str, dim: int, **options: Any) -> nn.Module:

@@ -86,6 +86,47 @@ class Segments:
             raise ValueError(f"segments: cannot combine shapes {self.shape} and {other.shape}")
         return Segments(self.starts | other.starts, self.valid & other.valid)
 
+    def routed(self, keep: Tensor) -> tuple[Segments, Tensor]:
+        """For a part that is given the tokens in `keep` only: its segments, to which all others are padding, and where
+        its state ends empty.
+
+        A document that begins with a token left out begins for the part with its next one. If none is left in this
+        call, the state that the part returns is of an earlier document; `emptied` (B,) says in which rows, and
+        `torch.where(emptied, 0, state)` is that of the new one.
+
+        keep (B, T), or (B, N, T) for N parts: the segments are then (B * N, T), the parts of a row side by side.
+
+        >>> part, emptied = Segments.packed([[2, 2]]).routed(torch.tensor([[[1, 0, 0, 0], [1, 0, 0, 1]]]))
+        >>> part.starts.int().tolist(), emptied.tolist()
+        ([[1, 0, 0, 0], [1, 0, 0, 1]], [True, False])
+        """
+        starts, valid, last = self.starts, self.valid, self.in_last_document()
+        if keep.ndim == 3:
+            starts, valid, last = (part.repeat_interleave(keep.shape[1], 0) for part in (starts, valid, last))
+            keep = keep.flatten(0, 1)
+        if keep.shape != valid.shape:
+            raise ValueError(f"keep: seen (rows, time) = {tuple(keep.shape)}, wanted {tuple(valid.shape)}")
+        part = Segments(starts, valid & (keep != 0))
+        return part, starts.any(1) & ~(part.valid & last).any(1)
+
+    def compacted(self) -> tuple[Segments, Tensor, Tensor]:
+        """The real tokens moved to the front of their rows, in the order they had: scattered padding breaks the chunks
+        that kernels work on, padding at the end costs nothing.
+
+        Returns the segments of the moved tokens; `order` (B, T), from where each position's token comes; and `place`
+        (B, T), where each token went: `reorder(x, order)` moves them, `reorder(y, place)` moves them back.
+
+        >>> moved, order, place = Segments.padded(torch.tensor([[0, 1, 0, 1]])).compacted()
+        >>> moved.valid.int().tolist(), order.tolist(), place.tolist()
+        ([[1, 1, 0, 0]], [[1, 3, 0, 2]], [[2, 0, 3, 1]])
+        """
+        real = self.valid.cumsum(1)
+        count, time = real[:, -1:], torch.arange(self.shape[1], device=self.valid.device).expand_as(real)
+        place = torch.where(self.valid, real - 1, count + time - real)
+        order = torch.zeros_like(place).scatter(1, place, time)
+        starts = torch.zeros_like(self.starts).scatter(1, place, self.starts)
+        return Segments._from_leaves(starts, time < count), order, place
+
     # -- views -----------------------------------------------------------------------------------------------------
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,6 +139,19 @@ class Segments:
         if not isinstance(time, slice) or isinstance(rows, int):
             raise ValueError("index: wanted slices, as in segments[a:b] or segments[rows, a:b]; a row is [r : r + 1]")
         return Segments._from_leaves(self.starts[rows][:, time], self.valid[rows][:, time])
+
+    def reversed(self, *, continues: bool = False) -> Segments:
+        """The same documents read from the right, for `x.flip(1)`: each starts with what was its last real token.
+
+        With `continues=True` the one that is met first continues from a state that comes from the right.
+
+        >>> Segments.packed([[2, 1]]).reversed().starts.int().tolist()
+        [[1, 1, 0]]
+        """
+        document = self.documents.flip(1)
+        first = document[:, :1] if continues else torch.full_like(document[:, :1], -1)
+        before = torch.cat([first, document], 1)[:, :-1]
+        return Segments(document != before, self.valid.flip(1))  # a start on padding moves to the next real token
 
     def to(self, device: torch.device | str) -> Segments:
         """The same segments on another device."""
@@ -160,6 +214,12 @@ def zero_padding(x: Tensor, segments: Segments | None) -> Tensor:
             "cut them together with segments[a:b]"
         )
     return segments.zero_padding(x)
+
+
+def reorder(x: Tensor, index: Tensor) -> Tensor:
+    """y[b, t] = x[b, index[b, t]]: other tokens of the same row. x, y (B, T, ...), index (B, T)."""
+    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
 
 
 pytree.register_pytree_node(

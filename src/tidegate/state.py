@@ -92,6 +92,8 @@ class State(Mapping[str, Leaf]):
         """Rows of the batch: one (kept as a batch of one), a slice, a list of indices or a boolean mask."""
         if isinstance(index, int):
             size = self.batch_size
+            if not self.tensors():
+                return self  # of a layer that remembers nothing: the same for every row
             if not -size <= index < size:
                 raise IndexError(f"index: {index} is outside this state's batch of {size}")
             index = [index % size]

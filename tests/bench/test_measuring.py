@@ -117,6 +117,14 @@ def test_cost_of_a_mixer(name):
         assert mixer(_x(64))[1].nbytes == cost.state_bytes
 
 
+def test_a_wrapper_costs_what_it_wraps():
+    both, one = mixers.cost("bidirectional", 64), mixers.cost("gla", 64)
+    assert (both.parameters, both.flops_per_token) == (2 * one.parameters, 2 * one.flops_per_token)
+    assert (both.state_bytes, both.state_bytes_per_token) == (0, 0)
+    with pytest.raises(ValueError, match="names: bidirectional has no single tokens to time"):
+        next(iter(mixers.decode(["gla", "bidirectional"], [3])))
+
+
 def _x(dim):
     import torch
 

@@ -24,7 +24,7 @@ def test_json_holds_the_costs():
         assert row["parameters"] > 0
         assert row["flops_per_token"] > 0
         assert (row["state_bytes_per_token"] > 0) == (row["flops_per_cached_token"] > 0)
-        assert row["state_bytes"] > 0 or row["state_bytes_per_token"] > 0
+        assert row["state_bytes"] > 0 or row["state_bytes_per_token"] > 0 or "streaming" in row["exceptions"]
 
 
 def test_one_family_only():

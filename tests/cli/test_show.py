@@ -32,6 +32,14 @@ def test_the_example_runs():
     assert names["y"].shape == (1, 40, 32)
 
 
+def test_the_example_of_one_that_needs_the_whole_gives_it_the_whole():
+    facts = json.loads(runner.invoke(app, ["show", "bidirectional", "--json", "--dim", "32"]).stdout)
+    assert list(facts["exceptions"]) == ["causality", "streaming"]
+    names: dict = {}
+    exec(facts["example"], names)
+    assert names["y"].shape == (1, 100, 32)
+
+
 def test_options_have_types_and_defaults():
     facts = json.loads(runner.invoke(app, ["show", "deltanet", "--json"]).stdout)
     assert facts["options"]["num_heads"] == {"type": "int", "default": 4}

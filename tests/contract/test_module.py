@@ -65,7 +65,7 @@ def test_the_dtype_of_the_weights(subject: Subject, dtype: torch.dtype):
 def test_construction_on_the_meta_device(subject: Subject):
     mixer = construct(subject, device="meta")
     assert {t.device.type for t in mixer.state_dict().values()} == {"meta"}
-    assert {t.device.type for t in mixer.init_state(1).tensors().values()} == {"meta"}
+    assert {t.device.type for t in mixer.init_state(1).tensors().values()} <= {"meta"}
     x = torch.empty(2, 9, subject.dim, device="meta")
     y, state = mixer(x)
     assert y.shape == x.shape
@@ -139,23 +139,25 @@ def test_errors_name_the_argument(subject: Subject):
     mixer = subject.build(torch.float32)
     x, state = subject.input(2, 5, torch.float32), subject.state(mixer, 2, torch.float32)
     other = Segments.packed([[4], [4]])
-    first = next(iter(state))
     cases = [
         ("x", (x[:, :0],), {}),
         ("x", (x[..., :-1],), {}),
         ("x", (x[0],), {}),
         ("x", (x[None],), {}),
-        ("state", (x, subject.state(mixer, 3, torch.float32)), {}),
         ("state", (x, State(something_else=x)), {}),
         ("state", (x, State({**state, "more": x})), {}),
-        ("state", (x, State()), {}),
-        ("state", (x, State({**state, first: State()})), {}),
-        ("state", (x, State({**state, first: state.tensors()[next(iter(state.tensors()))][..., None]})), {}),
         ("state", (x, tuple(state.values())), {}),
         ("segments", (x,), {"segments": other}),
         ("segments", (x, state), {"segments": Segments.packed([[5]])}),
         ("segments", (x,), {"segments": torch.ones(2, 5, dtype=torch.bool)}),
     ]
+    if first := next(iter(state), None):  # else the state is empty, and the same for every batch
+        cases += [
+            ("state", (x, subject.state(mixer, 3, torch.float32)), {}),
+            ("state", (x, State()), {}),
+            ("state", (x, State({**state, first: State()})), {}),
+            ("state", (x, State({**state, first: state.tensors()[next(iter(state.tensors()))][..., None]})), {}),
+        ]
     for name, arguments, options in cases:
         with pytest.raises(ValueError, match=rf"^{name}\b"):
             mixer(*arguments, **options)

@@ -121,17 +121,29 @@ def test_every_check_is_shown_to_fail():
 
 
 # -- exceptions --------------------------------------------------------------------------------------------------------
+STREAMING = (
+    *("test_any_split_is_the_whole", "test_one_by_one_is_the_whole", "test_splits_of_packed_and_padded_batches"),
+    "test_one_by_one_through_documents_and_padding",
+)
+
+
 def test_an_excuse_is_accepted_where_it_is_needed(tmp_path, monkeypatch):
     excused = toy.subject(toy.PeeksAhead, causality="looks at the whole call")
     run("test_the_past_does_not_depend_on_the_future", excused, tmp_path, monkeypatch)
     excused = toy.subject(toy.GrowsWithoutSayingSo, constant_state="keeps every token")
     run("test_the_size_of_the_state_is_constant", excused, tmp_path, monkeypatch)
+    excused = toy.subject(toy.IgnoresState, streaming="wants the whole")
+    for check in STREAMING:
+        run(check, excused, tmp_path, monkeypatch)
 
 
 def test_an_excuse_that_is_not_needed_or_not_explained_is_refused(tmp_path, monkeypatch):
     for excused in (toy.subject(toy.Ema, drift="chaotic"), toy.subject(toy.Drifts, drift=" ")):
         with pytest.raises(BaseException, match=r"DID NOT RAISE|gives no reason"):
             run("test_ten_thousand_steps_do_not_drift", excused, tmp_path, monkeypatch)
+    for check in STREAMING:
+        with pytest.raises(BaseException, match="DID NOT RAISE"):
+            run(check, toy.subject(toy.Ema, streaming="wants the whole"), tmp_path, monkeypatch)
 
 
 # -- the comparison ----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def model_of(layers="sliding-window-attention,attention"):
     return model
 
 
-@pytest.mark.parametrize("name", [*registry.names(), "sliding-window-attention,attention"])
+@pytest.mark.parametrize("name", [*registry.names(streaming=True), "sliding-window-attention,attention"])
 def test_a_batch_equals_its_rows_alone(name):
     model = model_of(name)
     options = dict(max_new_tokens=12, temperature=0.9, top_k=10, top_p=0.95)

@@ -18,13 +18,15 @@ TOLERANCE = 2e-5  # of the largest number, as for every float32 kernel
 
 
 FIXED = [
-    name for name in registry.names() if not grows(registry.build(name, 32, **registry.info(name).tiny).state_spec())
+    name
+    for name in registry.names(streaming=True)
+    if not grows(registry.build(name, 32, **registry.info(name).tiny).state_spec())
 ]
 
 
-def build(name, dim=32):
+def build(name, dim=32, **options):
     torch.manual_seed(0)
-    mixer = registry.build(name, dim, **registry.info(name).tiny)
+    mixer = registry.build(name, dim, **{**registry.info(name).tiny, **options})
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -43,10 +45,21 @@ def assert_same(found: State, wanted: State):
         assert_near(found.tensors()[name], tensor)
 
 
+OTHERS = [
+    ("mamba", dict(negative_eigenvalues=True)),
+    ("mamba2", dict(rule="zoh", skip_per_channel=True)),
+    ("mamba2", dict(rule="trapezoid")),
+    ("s4d", dict(rule="trapezoid", step_per_state=True)),
+    *((name, dict(negative_eigenvalues=True)) for name in ("deltanet", "gated-deltanet", "kimi-delta-attention")),
+    ("rwkv7", dict(negative_eigenvalues=True)),
+    ("mlstm", dict(input_gate="sigmoid")),
+]
+
+
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", FIXED)
-def test_equals_the_mixer(name, batch):
-    mixer = build(name)
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in FIXED), *OTHERS])
+def test_equals_the_mixer(name, options, batch):
+    mixer = build(name, **options)
     step = compile_step(mixer, batch)
     state = mixer.init_state(batch)
     with torch.no_grad():

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from tests.contract import test_equality, test_gradients, test_numerics, test_transforms
+from tests.contract.helpers import Subject
 from tidegate.mixers import build
+from tidegate.mixers.mamba2 import Mamba2
 
 B, T, D = 2, 21, 32
 
@@ -143,6 +146,80 @@ def test_mamba2(x, oracle, norm_before_gate):
     torch.testing.assert_close(mixer(x)[0], y @ mixer.o_proj.weight.T, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("skip_per_channel", [False, True])
+@pytest.mark.parametrize("rule", ["euler", "zoh", "trapezoid"])
+def test_mamba2_rules(x, rule, skip_per_channel):
+    """Token by token as the rules are written; the trapezoid also as the sum over all pairs that Mamba-3 computes."""
+    mixer = build(
+        "mamba2", D, state_dim=8, head_dim=16, num_groups=2, rule=rule, skip_per_channel=skip_per_channel
+    ).double()
+    with torch.no_grad():
+        mixer.d.copy_(torch.randn_like(mixer.d))
+    z, xbc, dt, ends = (x @ mixer.in_proj.weight.T).split([64, 64 + 32, 4, 4 * (rule == "trapezoid")], -1)
+    xbc = mixer.convolution(xbc)[0]
+    u, b, c = xbc.split([64, 16, 16], -1)
+    u, b, c = heads(u, 4), heads(b, 2).repeat_interleave(2, 2), heads(c, 2).repeat_interleave(2, 2)
+    delta, rate = functional.softplus(dt + mixer.dt_bias), mixer.log_a.exp()
+    decay, share = torch.exp(-delta * rate), torch.sigmoid(ends)
+    state, outputs = torch.zeros(B, 4, 8, 16, dtype=x.dtype), []
+
+    def outer(t):
+        return b[:, t, :, :, None] * u[:, t, :, None, :]
+
+    def per_head(number):
+        return number[..., None, None]
+
+    for t in range(T):
+        state = per_head(decay[:, t]) * state
+        if rule == "euler":
+            state = state + per_head(delta[:, t]) * outer(t)
+        elif rule == "zoh":  # the integral of e^(-rate s) over a step
+            state = state + per_head((1 - decay[:, t]) / rate) * outer(t)
+        else:
+            state = state + per_head(share[:, t] * delta[:, t]) * outer(t)
+            if t:
+                state = state + per_head((1 - share[:, t]) * delta[:, t] * decay[:, t]) * outer(t - 1)
+        outputs.append(torch.einsum("bhn,bhnp->bhp", c[:, t], state))
+    o = torch.stack(outputs, 1)
+    if rule == "trapezoid":
+        now, later = share * delta, functional.pad(((1 - share) * delta)[:, 1:], (0, 0, 0, 1))
+        full = all_pairs(c, b, (now + later)[..., None] * u, decay[..., None])
+        closed = full - later[..., None] * (c * b).sum(-1, keepdim=True) * u
+        torch.testing.assert_close(closed, o, rtol=1e-9, atol=1e-10)
+    o = (o + mixer.d.reshape(4, -1) * u).flatten(-2)
+    y = rms(heads(o * functional.silu(z), 2), 1.0).flatten(-2) * mixer.norm_weight
+    got, after = mixer(x)
+    torch.testing.assert_close(got, y @ mixer.o_proj.weight.T, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(after["memory"], state, rtol=1e-9, atol=1e-10)
+
+
+def test_mamba2_zoh_does_not_care_how_often_a_held_input_is_sampled():
+    """Second oracle of the rule: two half steps with the same input are one whole step."""
+    mixer = build("mamba2", D, state_dim=8, head_dim=16, rule="zoh", conv_width=1).double()
+    x = torch.randn(1, 1, D, dtype=torch.float64)
+    with torch.no_grad():
+        mixer.in_proj.weight[-4:] = 0  # the steps are their biases'
+        steps = functional.softplus(mixer.dt_bias)
+        once = mixer(x)[1]["memory"]
+        mixer.dt_bias.copy_(torch.log(torch.expm1(steps / 2)))
+        twice = mixer(x.repeat(1, 2, 1))[1]["memory"]
+    torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"rule": "zoh", "dt_limit": (0.001, 0.2)}, {"rule": "trapezoid", "num_groups": 2}])
+def test_mamba2_rules_keep_the_contract(options):
+    subject = Subject("mamba2", Mamba2, D, {"head_dim": 16, "state_dim": 8, **options})
+    test_equality.test_any_split_is_the_whole(subject, 65)
+    test_equality.test_splits_of_packed_and_padded_batches(subject, "packed_with_holes")
+    test_gradients.test_second_derivatives_in_single_precision(subject)
+    test_gradients.test_the_backends_agree(subject, "packed_with_holes")
+    test_transforms.test_compile_as_one_graph(subject)
+    test_transforms.test_export_for_any_length(subject)
+    for dtype in (torch.float64, torch.float32):
+        test_equality.test_a_batch_is_its_documents_alone(subject, "packed_with_holes", dtype)
+        test_numerics.test_extreme_gates_stay_finite(subject, "both", dtype)
+
+
 def test_mamba2_starts_within_the_paper_s_ranges():
     mixer = build("mamba2", 512, head_dim=4)
     assert 1 <= mixer.log_a.exp().min() < 2
@@ -166,6 +243,7 @@ def test_mamba2_starts_within_the_paper_s_ranges():
         ("mamba2", {"head_dim": 48}, "head_dim: expand"),
         ("mamba2", {"head_dim": 16, "num_groups": 3}, "num_groups: seen 3"),
         ("mamba2", {"head_dim": 16, "dt_limit": (1.0, 0.5)}, "dt_limit: seen"),
+        ("mamba2", {"head_dim": 16, "rule": "bilinear"}, "rule: seen 'bilinear', wanted one of euler, zoh, trapezoid"),
     ],
 )
 def test_bad_options_are_explained(name, options, message):

@@ -12,14 +12,17 @@ from torch.nn import functional
 from tests.contract.helpers import Subject, alone, assert_near, check_equal, pieces, results_of, segments_of, whole
 from tests.contract.tolerances import EQUAL
 from tidegate import mixers, registry
-from tidegate.nn.state_space import discretise, legs
+from tidegate.nn.hippo import nplr
+from tidegate.nn.state_space import discretise
 
 D, T = 6, 17
 VARIANTS = [
     *(("s4d", dict(init=init, state_dim=6)) for init in ("legs", "lin", "inv", "real", "quad", "rand")),
     ("s4d", dict(rule="bilinear", state_dim=2, num_systems=2, output="linear")),
     ("s4d", dict(rule="dirac", state_dim=4, output="none", step_rescale=0.5)),
-    ("s4d", dict(init="legs", state_dim=4, freeze_input=True)),
+    ("s4d", dict(rule="trapezoid", state_dim=4, num_systems=2, output="none")),
+    ("s4d", dict(init="real", rule="trapezoid", state_dim=3, output="linear")),
+    ("s4d", dict(init="legs", state_dim=4, freeze_input=True, step_per_state=True)),
     *(("dss", dict(form=form, state_dim=5, length=40)) for form in ("softmax", "exp", "exp-no-scale")),
     ("dss", dict(init="random", state_dim=3, length=5, separate_steps=False, output="glu")),
     ("dss", dict(init="random", form="exp", state_dim=2, output="none")),
@@ -80,19 +83,6 @@ def test_discretisation_is_the_solution_over_one_step():
         discretise(real, imag, torch.tensor(1.0), "euler")
 
 
-def test_legs_is_hippo_without_its_rank_one_term():
-    N = 32
-    w, vectors, B = legs(N)
-    n = torch.arange(N).double()
-    root = torch.sqrt(2 * n + 1)
-    A = -(torch.outer(root, root).tril(-1) + torch.diag(n + 1))  # the paper's matrix
-    low_rank = torch.outer(root, root) / 2
-    restored = (vectors * torch.complex(torch.full_like(w, -0.5), w)) @ vectors.mH - low_rank
-    torch.testing.assert_close(restored, A.to(restored.dtype), atol=1e-9, rtol=1e-9)
-    assert abs(float(w.max()) - 325.4) < 0.1  # nearly N^2 / pi
-    torch.testing.assert_close(B, root)
-
-
 # -- the contract, for the options that the tiny configuration leaves out ----------------------------------------------
 @variant()
 @pytest.mark.parametrize("kind", ["whole", "packed_with_holes"])
@@ -128,11 +118,13 @@ def s4d_system(mixer):
         torch.view_as_complex(functional.pad(w, (0, 2 - w.shape[-1])).contiguous())
         for w in (mixer.input_weight, mixer.output_weight)
     )
-    step, B = mixer.step_rescale * torch.exp(mixer.log_step)[:, None], B.repeat(copies, 1)
+    step, B = mixer.step_rescale * torch.exp(mixer.log_step).reshape(D, -1), B.repeat(copies, 1)
     factor = 1 if mixer.imag is None else 2
     if mixer.rule == "bilinear":
         return (1 + step * A / 2) / (1 - step * A / 2), step / (1 - step * A / 2) * B, C, factor
     decay = torch.exp(step * A)
+    if mixer.rule == "trapezoid":
+        return decay, step / 2 * B, C, factor  # of this input, and decay times as much of the one before
     return decay, B if mixer.rule == "dirac" else (decay - 1) / A * B, C, factor
 
 
@@ -144,11 +136,16 @@ def test_s4d_equals_the_recurrence_and_the_convolution(name, options):
         y, _ = mixer(x)
         decay, taken, C, factor = s4d_system(mixer)
         h, steps = torch.zeros(2, *decay.shape, dtype=decay.dtype), []
+        both_ends = mixer.rule == "trapezoid"
         for t in range(T):
             h = decay * h + taken * x[:, t, :, None]
+            if both_ends and t:
+                h = h + decay * taken * x[:, t - 1, :, None]
             steps.append(factor * (C * h).real.sum(-1) + mixer.skip * x[:, t])
         torch.testing.assert_close(y, mapped(mixer, torch.stack(steps, 1)), atol=1e-10, rtol=1e-10)
         kernel = factor * (C * taken * decay ** torch.arange(T)[:, None, None]).real.sum(-1)
+        if both_ends:
+            kernel[1:] *= 2
         torch.testing.assert_close(y, mapped(mixer, convolve(x, kernel) + mixer.skip * x), atol=1e-10, rtol=1e-10)
 
 
@@ -158,7 +155,7 @@ def test_s4d_initialisation():
         "lin": math.pi * n,
         "inv": 8 / math.pi * (8 / (2 * n + 1) - 1),
         "quad": (1 + 2 * n) ** 2 / math.pi,
-        "legs": legs(8)[0][:4].float(),
+        "legs": nplr("legs", 8)[0].imag[:4].float(),
     }
     for init, wanted in imaginary.items():
         mixer = mixers.build("s4d", 512, state_dim=8, init=init)
@@ -221,7 +218,7 @@ def test_dss_softmax_weights_sum_to_one():
 
 def test_dss_initialisation():
     mixer = mixers.build("dss", 512)
-    w = legs(128)[0][64:]
+    w = nplr("legs", 128)[0].imag[64:]
     assert (w > 0).all()
     torch.testing.assert_close(mixer.imag, w.float())
     assert (mixer.real == -0.5).all()
@@ -305,12 +302,13 @@ def test_s5_with_one_state_per_pair_and_diagonal_input_is_s4d():
 def test_s5_initialisation():
     P, dim, blocks = 128, 192, 4
     mixer = mixers.build("s5", dim, state_dim=P, blocks=blocks, dtype=torch.float64)
-    w = legs(P // blocks)[0][: P // blocks // 2]
+    eigenvalues, _, _, vectors = nplr("legs", P // blocks)
+    w = eigenvalues.imag[: P // blocks // 2]
     assert (w < 0).all()
     torch.testing.assert_close(mixer.eigenvalue_imag.detach(), w.repeat(blocks))
     assert (mixer.eigenvalue_real == -0.5).all()
     # B and C are real matrices of the given variance in the basis of the eigenvectors.
-    basis = torch.block_diag(*[legs(P // blocks)[1][:, : P // blocks // 2]] * blocks)
+    basis = torch.block_diag(*[vectors[:, : P // blocks // 2]] * blocks)
     B = torch.complex(mixer.input_weight[:, 0], mixer.input_weight[:, 1]).detach()
     real = 2 * (basis @ B).real
     assert abs(float(real.var()) * P - 1) < 0.03

@@ -30,7 +30,7 @@ def hybrid():
     )
 
 
-@pytest.mark.parametrize("name", [*registry.names(), None])
+@pytest.mark.parametrize("name", [*registry.names(streaming=True), None])
 def test_pieces_equal_the_whole(name):
     model = hybrid() if name is None else model_of(name)
     randomise(model)
@@ -45,7 +45,7 @@ def test_pieces_equal_the_whole(name):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("name", [*registry.names(), None])
+@pytest.mark.parametrize("name", [*registry.names(streaming=True), None])
 def test_packed_documents_leak_nothing(name):
     model = hybrid() if name is None else model_of(name)
     randomise(model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
 import time
 
 import pytest
@@ -246,6 +249,148 @@ def test_export_with_dynamic_time_and_a_carried_state(window):
             close(x, y)
 
 
+# -- other weights than a softmax's ------------------------------------------------------------------------------------
+# kernel, window, whether there is a bias
+WEIGHTS = [
+    ("relu2", None, False),
+    ("relu2", 5, False),
+    ("relu2", 5, True),
+    ("laplace", None, False),
+    ("laplace", 16, True),
+    ("softmax", 5, True),
+]
+
+
+def weighted(kernel, window, biased, dtype=torch.float64):
+    """Keyword arguments, with a scale at which every kernel is far from flat."""
+    bias = torch.randn(H, window, dtype=dtype, requires_grad=True) if biased else None
+    return dict(kernel=kernel, window=window, bias=bias, scale=None if kernel == "softmax" else 5.0)
+
+
+@pytest.mark.parametrize(("kernel", "window", "biased"), WEIGHTS)
+def test_other_weights_by_hand(kernel, window, biased):
+    """A double loop over pairs of tokens, with numbers and math alone."""
+    T = 11
+    q, k, v = (x.detach() for x in inputs(T))
+    given = weighted(kernel, window, biased)
+    wanted = torch.zeros(B, T, H, V, dtype=torch.float64)
+    for b, t, h in itertools.product(range(B), range(T), range(H)):
+        near = range(max(0, t + 1 - (window or T)), t + 1)
+        n = math.sqrt(D) if kernel == "softmax" else (window or t + 1) / 5.0
+        scores = [float(q[b, t, h] @ k[b, s, h // (H // G)]) / n for s in near]
+        if biased:
+            scores = [x + given["bias"][h, t - s].item() for s, x in zip(near, scores, strict=True)]
+        if kernel == "softmax":
+            weights = [math.exp(x) / sum(map(math.exp, scores)) for x in scores]
+        elif kernel == "relu2":
+            weights = [max(x, 0.0) ** 2 for x in scores]
+        else:  # the normal distribution's integral
+            law = statistics.NormalDist(math.sqrt(0.5), math.sqrt(1 / (4 * math.pi)))
+            weights = [law.cdf(x) for x in scores]
+        wanted[b, t, h] = sum(w * v[b, s, h // (H // G)] for s, w in zip(near, weights, strict=True))
+    for backend in ("reference", "parallel"):
+        with tidegate.backend(backend), torch.no_grad():
+            close(attention(q, k, v, **given)[0], wanted)
+
+
+@pytest.mark.parametrize("before", [0, 9, 20])
+@pytest.mark.parametrize(("kernel", "window", "biased"), WEIGHTS)
+def test_other_weights_in_blocks_are_the_definition(kernel, window, biased, before):
+    for T in (1, 17, 65) if before != 9 else (2, 64, 131):
+        for segments in segmentations(T):
+            state, leaves = past(before, window) if before else (None, [])
+            leaves = [*inputs(T), *leaves]
+            given = weighted(kernel, window, biased)
+            results = []
+            for backend in ("reference", "parallel"):
+                with tidegate.backend(backend):
+                    o, (keys, values, length) = attention(*leaves[:3], **given, state=state, segments=segments)
+                draw = torch.Generator().manual_seed(1)
+                loss = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=draw)).sum() for x in (o, keys, values))
+                wanted = [*leaves, given["bias"]] if biased else leaves
+                gradients = torch.autograd.grad(loss, wanted, retain_graph=True)
+                results.append([o, keys, values, length, *gradients])
+            for x, y in zip(*results, strict=True):
+                close(x, y)
+
+
+@pytest.mark.parametrize(("kernel", "window", "biased"), WEIGHTS)
+def test_other_weights_split_anywhere(kernel, window, biased):
+    T = 37
+    q, k, v = inputs(T)
+    given = weighted(kernel, window, biased)
+    whole, state = attention(q, k, v, **given)
+    for sizes in ([1] * T, [5, 32], [36, 1]):
+        pieces, carried = [], None
+        for part in zip(*(x.split(sizes, 1) for x in (q, k, v)), strict=True):
+            o, carried = attention(*part, **given, state=carried)
+            pieces.append(o)
+        close(torch.cat(pieces, 1), whole)
+        assert all(map(torch.equal, carried, state))
+
+
+@pytest.mark.parametrize(("kernel", "window", "biased"), WEIGHTS)
+def test_gradients_of_other_weights(kernel, window, biased):
+    q, k, v = inputs(5, value_dim=2)
+    window = window and 3
+    given = weighted(kernel, window, biased)
+    bias = given.pop("bias")
+    segments = Segments.packed([[2, 3], [4, 1]], continues=True)
+    state, _ = past(3, window, value_dim=2)
+    state = [x.detach() for x in state]
+
+    def function(q, k, v, *bias):
+        options = dict(bias=bias[0]) if bias else {}
+        return attention(q, k, v, **given, **options, state=state, segments=segments)[0]
+
+    arguments = (q, k, v, bias) if biased else (q, k, v)
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, arguments, fast_mode=True)
+
+
+@pytest.mark.parametrize(("kernel", "window", "biased"), [WEIGHTS[0], WEIGHTS[2]])
+def test_other_weights_compiled_and_mapped(kernel, window, biased):
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    given = weighted(kernel, window, biased, torch.float32)
+    state = tuple(x.detach() for x in past(5, window, torch.float32)[0])
+    segments = Segments.packed([[1], [9]], continues=True)
+    leaves = inputs(9, dtype=torch.float32)
+    wanted, _ = attention(*leaves, **given, state=state, segments=segments)
+    found, _ = compiled(*leaves, **given, state=state, segments=segments)
+    close(found, wanted, 2e-5)
+    leaves = [*leaves, given["bias"]] if biased else leaves
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), leaves)
+    for x, y in zip(torch.autograd.grad(found.square().sum(), leaves), wanted_grads, strict=True):
+        close(x, y, 1e-4)
+    q, k, v = (torch.stack([x.detach(), 2 * x.detach()]) for x in leaves[:3])
+    with torch.no_grad():
+
+        def function(q, k, v):
+            return attention(q, k, v, **given, state=state, segments=segments)[0]
+
+        mapped = torch.vmap(function)(q, k, v)
+        close(mapped, torch.stack([function(*x) for x in zip(q, k, v, strict=True)]), 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_blocks_of_other_weights_are_not_kept(window):
+    """What a training step remembers between forward and backward grows with T, not with T x T or T x window."""
+    kept = 0
+
+    def count(x):
+        nonlocal kept
+        kept += x.numel()
+        return x
+
+    T = 1200
+    leaves = inputs(T, dtype=torch.float32, heads=1, groups=1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        attention(*leaves, kernel="relu2", window=window)
+    assert kept < 12 * sum(x.numel() for x in leaves)
+    assert kept < B * T * T / 8
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtype_in_is_dtype_out(dtype):
     q, k, v = inputs(9, dtype=dtype)
@@ -304,6 +449,9 @@ def test_a_large_score_overflows_nothing():
         (dict(v=torch.zeros(2, 3, 1, 4)), "v: seen shape"),
         (dict(v=torch.zeros(2, 3, 2, 4).double()), "v: seen torch.float64"),
         (dict(window=0), "window: seen 0"),
+        (dict(kernel="relu"), "kernel: seen 'relu', wanted one of softmax, relu2, laplace"),
+        (dict(bias=torch.zeros(4, 3)), "bias: wanted None without a window"),
+        (dict(window=3, bias=torch.zeros(1, 3)), "bias: seen shape"),
         (dict(state=(torch.zeros(2, 3, 2, 4),)), "state: seen 1 entries"),
         (dict(window=5, state=(torch.zeros(2, 4, 2, 4),) * 2 + (torch.zeros(2, dtype=torch.int64),)), "window=5"),
         (dict(state=(torch.zeros(1, 4, 2, 4),) * 2 + (torch.zeros(2, dtype=torch.int64),)), "its keys have shape"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tidegate.nn.schedule import factor
 from tidegate.train.recipe import Recipe
-from tidegate.train.schedule import factor
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 

@@ -53,7 +53,10 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
     if family == "attention":
         elements = dim * _window(mixer)
     else:
-        elements = sum(math.prod(shape) for shape, recurrent in entries if recurrent and GROWS not in shape)
+        # A wrapper keeps no state itself; what it wraps runs over one all the same.
+        parts = [mixer] if entries else [part for part in mixer.modules() if isinstance(part, Mixer)]
+        running = [entry for part in parts for entry in _entries(part.state_spec())]
+        elements = sum(math.prod(shape) for shape, recurrent in running if recurrent and GROWS not in shape)
     return Cost(
         parameters=sum(p.numel() for p in mixer.parameters()),
         state_bytes=mixer.init_state(1, dtype=torch.float32).nbytes,
@@ -189,9 +192,11 @@ def decode(
     """Time one token (T = 1) after each number of tokens in `contexts`, which were fed in pieces of `chunk`.
 
     The mixer itself and its compiled step, where it has one, take turns over all contexts. Raises ValueError for an
-    unknown name.
+    unknown name, and for a mixer that does not stream.
     """
     known(names)
+    if whole := [name for name in names if not registry.info(name).streams]:
+        raise ValueError(f"names: {', '.join(whole)} has no single tokens to time; it needs the whole sequence at once")
     for name in names:
         mixer = build(name, dim).eval()
         token = torch.randn(batch, 1, dim)

@@ -109,7 +109,7 @@ def warm() -> Iterator[Warmed]:
 
 
 def _mixers() -> None:
-    every = [(name, mixers.fitting(name, _DIM)) for name in registry.names()]
+    every = [(name, mixers.fitting(name, _DIM)) for name in registry.names(streaming=True)]
     model = LanguageModel(8, _DIM, every)  # with what stands around the mixers
     ids = torch.zeros(1, SHAPE.time, dtype=torch.int64)
     logits, state = model(ids)

@@ -158,11 +158,11 @@ def _decode(plan: Plan, batch: int) -> Iterable[Any]:
     return mixers.decode(plan.names, plan.lengths, batch=batch, repetitions=2 * plan.repetitions, **plan.sizes)
 
 
-def registered() -> list[str]:
-    """All mixers."""
+def registered(*, streaming: bool = False) -> list[str]:
+    """All mixers; with `streaming` those that have single steps and can stand in a language model."""
     from tidegate import registry
 
-    return registry.names()
+    return registry.names(streaming=streaming)
 
 
 def _all(subject: Subject, longest: int, dim: int, console: Any) -> list[str]:
@@ -173,7 +173,7 @@ def _all(subject: Subject, longest: int, dim: int, console: Any) -> list[str]:
         return list(ops.CASES)
     if subject is Subject.decode:
         return _quick_to_fill(longest, dim, console)
-    return registered()
+    return registered(streaming=subject is Subject.model)
 
 
 def _quick_to_fill(context: int, dim: int, console: Any) -> list[str]:
@@ -181,7 +181,7 @@ def _quick_to_fill(context: int, dim: int, console: Any) -> list[str]:
     from tidegate.bench import mixers
     from tidegate.nn.mixer import grows
 
-    names = registered()
+    names = registered(streaming=True)
     left = [name for name in names if context > 20_000 and grows(mixers.build(name, dim).state_spec())]
     if left:
         console.print(f"Left out, as their past costs minutes: {', '.join(left)} (ask with --only).")

@@ -65,14 +65,15 @@ def equation(documentation: str) -> str:
 
 
 def example(name: str, dim: int) -> str:
-    """Lines that build the mixer and feed it in two pieces."""
+    """Lines that build the mixer and feed it in two pieces, or at once where it needs that."""
+    from tidegate import registry
+
+    calls = "y, state = mixer(x[:, :60])\ny, state = mixer(x[:, 60:], state)  # the same as in one piece"
     return (
         "import tidegate, torch\n\n"
         f'mixer = tidegate.mixers.build("{name}", dim={dim})\n'
         f"x = torch.randn(1, 100, {dim})\n"
-        "y, state = mixer(x[:, :60])\n"
-        "y, state = mixer(x[:, 60:], state)  # the same as in one piece"
-    )
+    ) + (calls if registry.info(name).streams else "y, _ = mixer(x)  # all of it at once")
 
 
 def _option(parameter: inspect.Parameter) -> dict[str, Any]:

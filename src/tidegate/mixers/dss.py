@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.hippo import nplr
 from tidegate.nn.mixer import Mixer
-from tidegate.nn.state_space import ChannelMap, discretise, legs
+from tidegate.nn.state_space import ChannelMap, discretise
 from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.registry import register
 from tidegate.segments import Segments, zero_padding
@@ -98,7 +99,7 @@ class DSS(Mixer):
         """See the class docstring."""
         if self.init == "skew-hippo":
             nn.init.constant_(self.real, -0.5 if self.form == "softmax" else math.log(0.5))
-            self.imag.copy_(legs(2 * self.state_dim)[0][self.state_dim :])
+            self.imag.copy_(nplr("legs", 2 * self.state_dim)[0].imag[self.state_dim :])
         else:
             nn.init.normal_(self.real)
             nn.init.normal_(self.imag)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import accumulation_dtype
-from tidegate.nn.parts import HeadNorm, check_heads, split_heads
+from tidegate.nn.parts import HeadNorm, check_heads, retention_log_decay, split_heads
 from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import linear_attention
 from tidegate.ops.pointwise import log_sigmoid
@@ -142,9 +140,3 @@ class GatedLinearAttention(QKVMixer):
         logits = self.gate_up(self.gate_down(x))
         log_decay = log_sigmoid(logits, self.gate_bias_parameter, 1 / self.gate_temperature)
         return log_decay if self.gate == "scalar" else split_heads(log_decay, self.kv_heads)
-
-
-def retention_log_decay(num_heads: int, like: Tensor) -> Tensor:
-    """RetNet's constants (arXiv 2307.08621): log(1 - 2^(-5 - h)) for head h, (H,), at least float32."""
-    powers = torch.arange(num_heads, device=like.device, dtype=accumulation_dtype(like.dtype))
-    return torch.log1p(-torch.exp(-math.log(2.0) * (5 + powers)))

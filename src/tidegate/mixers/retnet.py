@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.mixers.gla import retention_log_decay
 from tidegate.nn.mixer import Mixer
-from tidegate.nn.parts import HeadNorm, check_heads, split_heads
+from tidegate.nn.parts import HeadNorm, check_heads, retention_log_decay, split_heads
 from tidegate.nn.rotary import rotations, token_positions
 from tidegate.ops import linear_attention
 from tidegate.ops.pointwise import rotate

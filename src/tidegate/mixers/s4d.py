@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.hippo import nplr
 from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.state_space import RULES, ChannelMap, discretise, legs
+from tidegate.nn.state_space import RULES, ChannelMap, complex_weight, discretise
 from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.registry import register
 from tidegate.segments import Segments, zero_padding
@@ -35,12 +36,13 @@ class S4D(Mixer):
         h' = l h + B x,       z = 2 Re(C h) + skip * x,      y = glu(gelu(z) W)            l = -exp(log_real) + i imag
         h_t = exp(step l) * h_{t-1} + (exp(step l) - 1) / l * B x_t                        rule "zoh"
 
-    - `rule`: "zoh", "bilinear", or "dirac", which takes x as impulses (nn/state_space.py).
+    - `rule`: "zoh", "bilinear", "trapezoid", or "dirac", which takes x as impulses (nn/state_space.py).
     - `init` of l, n = 0 ... N/2 - 1: "lin" -1/2 + i pi n; "inv" -1/2 + i N/pi (N / (2n + 1) - 1); "legs" HiPPO's
       normal part, with its B; "quad" (1 + 2n)^2 / pi and "rand" exp(N(0, 1)) as imaginary parts. "real" is a model with
       N real eigenvalues -(n + 1), without the factor 2. B = 1 but for "legs".
     - Only B * C matters; `freeze_input` leaves B untrained. `num_systems` < dim shares l and B among channels.
-    - `step_rescale` multiplies the steps, for input sampled at another rate than in training.
+    - `step_rescale` multiplies the steps, for input sampled at another rate than in training. `step_per_state` learns
+      a step for every state instead of every channel.
     - `output="linear"` is y = gelu(z) W, "none" y = z.
 
     A whole sequence is computed by walking along it with the states in registers. Measured at dim 256, N 64 and T 2048
@@ -65,6 +67,7 @@ class S4D(Mixer):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         step_rescale: float = 1.0,
+        step_per_state: bool = False,
         num_systems: int | None = None,
         freeze_input: bool = False,
         output: str = "glu",
@@ -74,7 +77,7 @@ class S4D(Mixer):
         super().__init__()
         self.dim, self.state_dim, self.init, self.rule, self.output = dim, state_dim, init, rule, output
         self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
-        self.num_systems, self.freeze_input = num_systems, freeze_input
+        self.step_per_state, self.num_systems, self.freeze_input = step_per_state, num_systems, freeze_input
         if init not in INITS:
             raise ValueError(f"init: seen {init!r}, wanted one of {', '.join(INITS)}")
         if state_dim < 1 or (init != "real" and state_dim % 2):
@@ -100,7 +103,7 @@ class S4D(Mixer):
         else:
             self.input_weight = nn.Parameter(input_weight)
         self.output_weight = nn.Parameter(torch.empty(dim, states, parts, **factory))
-        self.log_step = nn.Parameter(torch.empty(dim, **factory))
+        self.log_step = nn.Parameter(torch.empty(*((dim, states) if step_per_state else (dim,)), **factory))
         self.skip = nn.Parameter(torch.empty(dim, **factory))
         self.output_map = ChannelMap(dim, output, **factory)
         self.reset_parameters()
@@ -114,10 +117,10 @@ class S4D(Mixer):
         if self.imag is None:
             self.log_real.copy_(torch.log(n + 1).expand_as(self.log_real))
         elif self.init == "legs":
-            w, vectors, B_legs = legs(N)
-            B = (vectors.mH @ B_legs.to(vectors))[: len(n)]
+            eigenvalues, _, B, _ = nplr("legs", N)
+            B = B[: len(n)]
             B.imag.clamp_(-2, 2)  # as in the official code
-            self.imag.copy_(w[: len(n)].expand_as(self.imag))
+            self.imag.copy_(eigenvalues.imag[: len(n)].expand_as(self.imag))
         else:
             rules = {"lin": math.pi * n, "inv": N / math.pi * (N / (2 * n + 1) - 1), "quad": (1 + 2 * n) ** 2 / math.pi}
             random = self.init == "rand"
@@ -131,26 +134,30 @@ class S4D(Mixer):
     def state_spec(self) -> dict[str, Any]:
         return {"memory": ((self.dim, self.log_real.shape[1]), "complex")}
 
-    def system(self) -> tuple[Tensor, Tensor]:
-        """decay and weight (dim, states), complex, of h_t = decay * h_{t-1} + x_t and z_t = Re sum weight * h_t."""
+    def discretised(self) -> tuple[Tensor, Tensor, Tensor]:
+        """decay, B and C (dim, states), complex, of h_t = decay * h_{t-1} + B x_t and z_t = Re sum C * h_t."""
         wide = accumulation_dtype(self.log_real.dtype)
         real = -torch.exp(self.log_real.to(wide))
         imag = torch.zeros_like(real) if self.imag is None else self.imag.to(wide)
         copies = self.dim // real.shape[0]
-        step = self.step_rescale * torch.exp(self.log_step.to(wide))[:, None]
+        step = self.step_rescale * torch.exp(self.log_step.to(wide)).view(self.dim, -1)
         decay, scale = discretise(real.repeat(copies, 1), imag.repeat(copies, 1), step, self.rule)
-        B, C = _complex(self.input_weight.to(wide)), _complex(self.output_weight.to(wide))
-        return decay, self.output_weight.shape[-1] * scale * B.repeat(copies, 1) * C
+        B, C = complex_weight(self.input_weight.to(wide)), complex_weight(self.output_weight.to(wide))
+        return decay, scale * B.repeat(copies, 1), self.output_weight.shape[-1] * C
+
+    def system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """decay, weight (dim, states) and skip (dim): h_t = decay * h_{t-1} + x_t, z_t = Re sum weight * h_t + skip * x_t."""
+        decay, B, C = self.discretised()
+        weight, skip = B * C, self.skip
+        if self.rule == "trapezoid":  # half of what is new; see nn/state_space.py
+            skip = skip - weight.real.sum(-1).to(skip.dtype) / 2
+        return decay, weight, skip
 
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
-        z, memory = diagonal_ssm(x, *self.system(), state=state["memory"], segments=segments)
-        y = self.output_map(torch.addcmul(z, self.skip, x))
+        decay, weight, skip = self.system()
+        z, memory = diagonal_ssm(x, decay, weight, state=state["memory"], segments=segments)
+        y = self.output_map(torch.addcmul(z, skip, x))
         return zero_padding(y, segments), State(memory=memory)
-
-
-def _complex(x: Tensor) -> Tensor:
-    """(..., 2) or, for real numbers, (..., 1)."""
-    return torch.view_as_complex(x) if x.shape[-1] == 2 else torch.complex(x[..., 0], torch.zeros_like(x[..., 0]))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tidegate.nn.hippo import nplr
 from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.state_space import discretise, legs
+from tidegate.nn.state_space import discretise
 from tidegate.ops import scan
 from tidegate.registry import register
 from tidegate.segments import Segments
@@ -104,9 +105,9 @@ class S5(Mixer):
     def reset_parameters(self) -> None:
         """See the class docstring."""
         size = self.full // self.blocks
-        w, vectors, _ = legs(size)
+        eigenvalues, _, _, vectors = nplr("legs", size)
         kept = size // 2 if self.conjugate_symmetry else size
-        w, basis = w[:kept].repeat(self.blocks), torch.block_diag(*[vectors[:, :kept]] * self.blocks)
+        w, basis = eigenvalues.imag[:kept].repeat(self.blocks), torch.block_diag(*[vectors[:, :kept]] * self.blocks)
         nn.init.constant_(self.eigenvalue_real, -0.5)
         self.eigenvalue_imag.copy_(w)
         nn.init.uniform_(self.log_step, math.log(self.dt_min), math.log(self.dt_max))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,8 +40,8 @@ class Mixer(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
         """The state before the first token. `dtype` is the input's; accumulators are at least float32."""
-        parameter = next(self.parameters())
-        device, dtype = device or parameter.device, dtype or parameter.dtype
+        number = next(itertools.chain(self.parameters(), self.buffers()))
+        device, dtype = device or number.device, dtype or number.dtype
 
         def zeros(spec: Any) -> Any:
             if isinstance(spec, Mapping):

@@ -18,7 +18,8 @@ class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time, with its tail as state: `y, tail = conv(x, tail, segments)`.
 
     y_t = sum_j weight[:, j] * x_{t - (width - 1) + j} + bias, x, y (B, T, D), tail (B, width - 1, D); an optional
-    SiLU follows. The window never reaches into another document and skips padding.
+    SiLU follows. The window never reaches into another document and skips padding. With `dilation` d it sees every d-th
+    token, y_t = sum_j weight[:, j] * x_{t - (width - 1 - j) d} + bias, and the tail is (width - 1) d tokens long.
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class ShortConvolution(nn.Module):
         *,
         bias: bool = False,
         activation: bool = True,
+        dilation: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.width, self.activation = dim, width, activation
+        self.dim, self.width, self.activation, self.dilation = dim, width, activation, dilation
         self.weight = nn.Parameter(torch.empty(dim, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
@@ -46,7 +48,10 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor | None = None, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
         activation = "silu" if self.activation else None
-        return short_convolution(x, self.weight, self.bias, activation=activation, state=tail, segments=segments)
+        weight: Tensor = self.weight
+        if (gap := self.dilation - 1) > 0:  # zeros between the columns
+            weight = nn.functional.pad(weight.unsqueeze(-1), (gap, 0)).flatten(1)[:, gap:]
+        return short_convolution(x, weight, self.bias, activation=activation, state=tail, segments=segments)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, width={self.width}, bias={self.bias is not None}, activation={self.activation}"
@@ -119,6 +124,12 @@ def step_log_decay(logits: Tensor, log_a: Tensor, dt_bias: Tensor) -> Tensor:
     """-exp(log_a) softplus(logits + dt_bias), float32 at least: the decay over an input-dependent time step."""
     wide = accumulation_dtype(logits.dtype)  # a decay of 0.999 has no room in half precision
     return -log_a.to(wide).exp() * nn.functional.softplus(logits.to(wide) + dt_bias.to(wide))
+
+
+def retention_log_decay(num_heads: int, like: Tensor) -> Tensor:
+    """RetNet's constants (arXiv 2307.08621): log(1 - 2^(-5 - h)) for head h, (H,), at least float32."""
+    powers = torch.arange(num_heads, device=like.device, dtype=accumulation_dtype(like.dtype))
+    return torch.log1p(-torch.exp(-math.log(2.0) * (5 + powers)))
 
 
 def log_uniform_steps(*shape: int, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> Tensor:

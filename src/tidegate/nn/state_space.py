@@ -1,4 +1,4 @@
-"""What diagonal state space models share: HiPPO's eigenvalues, and the step from continuous time to tokens."""
+"""What diagonal state space models share: the step from continuous time to tokens, and what comes after a channel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 OUTPUTS = ("glu", "linear", "none")
-RULES = ("zoh", "bilinear", "dirac")
+RULES = ("zoh", "bilinear", "trapezoid", "dirac")
 
 
 def discretise(real: Tensor, imaginary: Tensor, step: Tensor, rule: str = "zoh") -> tuple[Tensor, Tensor]:
@@ -19,12 +19,16 @@ def discretise(real: Tensor, imaginary: Tensor, step: Tensor, rule: str = "zoh")
 
         zoh:       decay = exp(z),                   scale = (exp(z) - 1) / l
         bilinear:  decay = (1 + z/2) / (1 - z/2),    scale = step / (1 - z/2)
+        trapezoid: decay = exp(z),                   scale = step,     and u_t counts half while it is new
         dirac:     decay = exp(z),                   scale = 1
 
     `real`, `imaginary` and `step` broadcast. "zoh" holds u over a step, "dirac" takes it as an impulse. Exact for short
     steps, where exp(z) - 1 as it stands would be the difference of two numbers that are nearly the same.
 
-    Raises ValueError for another rule. Source: HTTYH, arXiv 2206.12037; S4D, 2206.11893.
+    "trapezoid" is h_t = decay h_{t-1} + step/2 (decay u_{t-1} + u_t). Run with scale = step and read h_t - step/2 u_t:
+    that is the same, and no earlier u has to be remembered.
+
+    Raises ValueError for another rule. Source: HTTYH, arXiv 2206.12037; S4D, 2206.11893; trapezoid Mamba-3, 2603.15569.
 
     >>> decay, scale = discretise(torch.tensor(-1.0), torch.tensor(0.0), torch.tensor(0.5))
     >>> round(decay.real.item(), 4), round(scale.real.item(), 4)
@@ -38,31 +42,17 @@ def discretise(real: Tensor, imaginary: Tensor, step: Tensor, rule: str = "zoh")
         return torch.complex(1 + a / 2, b / 2) * inverse, step * inverse
     modulus = torch.exp(a)
     decay = torch.complex(modulus * torch.cos(b), modulus * torch.sin(b))
-    if rule == "dirac":
-        return decay, torch.ones_like(decay)
+    if rule in ("dirac", "trapezoid"):
+        return decay, torch.ones_like(decay) * (step if rule == "trapezoid" else 1)
     minus_one = torch.complex(torch.expm1(a) * torch.cos(b) - 2 * torch.sin(b / 2).square(), modulus * torch.sin(b))
     tiny = a * a + b * b < 1e-12
     quotient = minus_one / torch.complex(torch.where(tiny, 1, a), torch.where(tiny, 0, b))
     return decay, step * torch.where(tiny, torch.complex(1 + a / 2, b / 2), quotient)
 
 
-def legs(states: int) -> tuple[Tensor, Tensor, Tensor]:
-    """HiPPO-LegS without its term of rank one, which leaves a normal matrix: S = V diag(-1/2 + i w) V^*.
-
-    Returns w (N,) in ascending order, so that the first half is negative, the columns V (N, N), and the input vector
-    B (N,) with entries sqrt(2 n + 1); float64 and complex128. Source: arXiv 2008.07669; 2206.12037, table 1.
-
-    >>> w, V, B = legs(4)
-    >>> bool(torch.allclose(w, -w.flip(0))), bool(torch.allclose(V @ V.mH, torch.eye(4).to(V)))
-    (True, True)
-    """
-    order = torch.arange(states, dtype=torch.float64)
-    root = torch.sqrt(2 * order + 1)
-    outer = torch.outer(root, root)
-    # S + 1/2: minus the products below the diagonal, plus half of all of them; skew-symmetric.
-    skew = outer / 2 - outer.tril(-1) - torch.diag(order + 0.5)
-    w, vectors = torch.linalg.eigh(-1j * skew)
-    return w, vectors, root
+def complex_weight(x: Tensor) -> Tensor:
+    """A complex tensor of a parameter (..., 2), its real and imaginary part, or (..., 1), its real part."""
+    return torch.view_as_complex(x) if x.shape[-1] == 2 else torch.complex(x[..., 0], torch.zeros_like(x[..., 0]))
 
 
 class ChannelMap(nn.Module):

@@ -7,6 +7,7 @@ from tidegate.ops.delta import delta_rule, dplr
 from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.ops.gated_norm import gated_norm
 from tidegate.ops.linear_attention import linear_attention
+from tidegate.ops.long_convolution import long_convolution, two_sided_convolution
 from tidegate.ops.mlstm import mlstm
 from tidegate.ops.scan import scan
 from tidegate.ops.selective_scan import selective_scan
@@ -21,10 +22,12 @@ __all__ = [
     "dplr",
     "gated_norm",
     "linear_attention",
+    "long_convolution",
     "mlstm",
     "scan",
     "selective_scan",
     "short_convolution",
     "slot_scores",
     "sru",
+    "two_sided_convolution",
 ]

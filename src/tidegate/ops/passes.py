@@ -27,6 +27,7 @@ from tidegate.ops.tiles import (
     splat,
     store,
 )
+from tidegate.ops.vector import LOG1P
 
 
 # -- prefetching -------------------------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def _prefetch(builder, rows, columns, base, at, row):
 
 # -- elementwise -------------------------------------------------------------------------------------------------------
 class Vector:
-    """A vector in an expression: + - * with vectors and numbers, and exponentials."""
+    """A vector in an expression: + - * / with vectors and numbers, exponentials, and the functions below the class."""
 
     def __init__(self, builder, value):
         self.builder, self.value = builder, value
@@ -81,6 +82,18 @@ class Vector:
 
     def __mul__(self, other: Any) -> Vector:
         return self._make("fmul", self, other)
+
+    def __truediv__(self, other: Any) -> Vector:
+        return self._make("fdiv", self, other)
+
+    def __rsub__(self, other: Any) -> Vector:
+        return self._make("fsub", other, self)
+
+    def __rtruediv__(self, other: Any) -> Vector:
+        return self._make("fdiv", other, self)
+
+    def __neg__(self) -> Vector:
+        return self._make("fsub", 0.0, self)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -106,6 +119,69 @@ class Vector:
         above = build.fcmp_unordered(">=", self.value, low)  # NaN passes, and stays
         clamped = Vector(build, build.select(above, self.value, low))
         return Vector(build, build.select(above, clamped.exp_and_inverse()[0].value, filled(0.0)))
+
+
+# -- functions of vectors ----------------------------------------------------------------------------------------------
+def where_negative(x: Vector, yes: Any, no: Any) -> Vector:
+    """yes where x < 0, else no (also where x is NaN)."""
+    yes, no = (z.value if isinstance(z, Vector) else filled(z) for z in (yes, no))
+    return Vector(x.builder, x.builder.select(x.builder.fcmp_ordered("<", x.value, filled(0.0)), yes, no))
+
+
+def exp(x: Vector) -> Vector:
+    """exp(x) for x <= 88, and there it stays; zero below -87."""
+    build, high = x.builder, filled(88.0)
+    return Vector(build, build.select(build.fcmp_ordered(">", x.value, high), high, x.value)).exp()
+
+
+def sigmoid(x: Vector) -> Vector:
+    """1 / (1 + exp(-x))"""
+    e = where_negative(x, x, -x).exp()
+    return where_negative(x, e, 1.0) / (1.0 + e)
+
+
+def tanh(x: Vector) -> Vector:
+    """tanh(x), with a relative error of 3e-7 for small x too."""
+    size = where_negative(x, -x, x)
+    e = (size * -2.0).exp()
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x  # near zero 1 - e would be the difference of nearly equal numbers
+    series = ((square * 0.021869489 - 0.053968254) * square + 0.13333334) * square - 0.33333334
+    near = size + size * square * series
+    y = where_negative(size - 0.25, near, far)
+    return where_negative(x, -y, y)
+
+
+def softplus(x: Vector) -> Vector:
+    """log(1 + exp(x))"""
+    e, total = where_negative(x, x, -x).exp(), LOG1P[-1]
+    for coefficient in LOG1P[-2::-1]:
+        total = e * total + coefficient
+    return where_negative(x, 0.0, x) + e * total
+
+
+def log(x: Vector) -> Vector:
+    """log(x) for normal numbers x > 0. Error 1e-7."""
+    build, bits = x.builder, x.builder.bitcast(x.value, BITS)
+    # x = 2^n m with m in [sqrt(1/2), sqrt(2)): what is taken off the exponent is that of sqrt(1/2).
+    shifted = build.sub(bits, ir.Constant(BITS, [0x3F3504F3] * LANES))
+    power = build.and_(shifted, ir.Constant(BITS, [-(1 << 23)] * LANES))
+    n = Vector(build, build.sitofp(build.ashr(shifted, ir.Constant(BITS, [23] * LANES)), VECTOR))
+    r = Vector(build, build.bitcast(build.sub(bits, power), VECTOR)) - 1.0
+    series: Any = 7.0376836292e-2
+    for coefficient in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1):
+        series = r * series + coefficient
+    for coefficient in (2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1):
+        series = r * series + coefficient
+    square = r * r
+    return n * 0.693359375 + (r + (series * r * square - n * 2.12194440e-4 - square * 0.5))
+
+
+def sqrt(x: Vector) -> Vector:
+    """The square root of x >= 0."""
+    kind = ir.FunctionType(VECTOR, [VECTOR])
+    function = cgutils.get_or_insert_function(x.builder.module, kind, f"llvm.sqrt.v{LANES}f32")
+    return Vector(x.builder, x.builder.call(function, [x.value]))
 
 
 def elementwise(function: Callable[..., Any], *, carry: bool = False, total: bool = False) -> Any:

@@ -189,9 +189,9 @@ def where_negative(typing_context, x, yes, no):
 # 2^f on [-1/2, 1/2], exactly 1 at 0, and log(1 + e) / e on [0, 1]; interpolated in Chebyshev points.
 _EXP2 = [1.0, 0.6931471824645996, 0.24022650718688965, 0.055503569543361664, 0.009618056938052177]
 _EXP2 += [0.0013390866806730628, 0.00015461447765119374]
-_LOG1P = [1.0, -0.4999990463256836, 0.33330005407333374, -0.24954558908939362, 0.19678117334842682]
-_LOG1P += [-0.15311862528324127, 0.10614264756441116, -0.057064201682806015, 0.019907161593437195]
-_LOG1P += [-0.003256378462538123]
+LOG1P = [1.0, -0.4999990463256836, 0.33330005407333374, -0.24954558908939362, 0.19678117334842682]
+LOG1P += [-0.15311862528324127, 0.10614264756441116, -0.057064201682806015, 0.019907161593437195]
+LOG1P += [-0.003256378462538123]
 _MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds to the nearest integer, which then stands in the last bits
 
 
@@ -246,7 +246,7 @@ def log1p(typing_context, x):
     """log(1 + x) for 0 <= x <= 1. Relative error 1e-7."""
 
     def generate(context, builder, signature, arguments):
-        return builder.fmul(arguments[0], _horner(builder, arguments[0], _LOG1P), flags=_CONTRACT)
+        return builder.fmul(arguments[0], _horner(builder, arguments[0], LOG1P), flags=_CONTRACT)
 
     return vector(vector), generate
 

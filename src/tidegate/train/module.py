@@ -11,12 +11,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tidegate.nn.schedule import factor
 from tidegate.nn.weight_decay import weight_decay_groups
 from tidegate.tasks.language.data import segments_of
 from tidegate.tasks.language.tokenizer import Tokenizer
 from tidegate.train.checkpoint import checkpoints
 from tidegate.train.recipe import Recipe
-from tidegate.train.schedule import factor
 
 
 class Diverged(ValueError):

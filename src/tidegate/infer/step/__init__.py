@@ -14,6 +14,7 @@ from tidegate.infer.step.lower import Lowering, fill, hold
 from tidegate.infer.step.program import Unsupported
 from tidegate.nn.mixer import grows
 from tidegate.ops.threads import together
+from tidegate.registry import exceptions_of
 from tidegate.state import State
 
 __all__ = ["Step", "Unsupported", "compile_step"]
@@ -32,7 +33,8 @@ def compile_step(module: nn.Module, batch_size: int = 1) -> Step:
     seen.
 
     Raises `Unsupported` for a module on another device than the CPU or of another dtype than float32, whose state grows
-    with the sequence, or that uses an operator the machine does not know; the module itself still works then.
+    with the sequence, that needs the whole of it at once, or that uses an operator the machine does not know; the
+    module itself still works then.
 
     >>> from tidegate import mixers
     >>> mixer = mixers.build("gla", dim=32, num_heads=2)
@@ -68,6 +70,9 @@ class Step:
             for name, _ in (*module.named_parameters(), *module.named_buffers())
         }
         self._check_weights()
+        for part in module.modules():
+            if reason := exceptions_of(part).get("streaming"):
+                raise Unsupported(f"module: {type(part).__name__} has no step of its own: {reason}")
         if grows(module.state_spec()):  # type: ignore[operator]
             raise Unsupported("module: its state grows with the sequence, so that no two steps are alike")
         state = module.init_state(self.batch_size, dtype=torch.float32, device="cpu")  # type: ignore[operator]

@@ -320,9 +320,12 @@ class Lowering:
         return self._reduced(Op.ROW_MIN, node)
 
     def _reduced(self, op: Op, node: fx.Node) -> Value:
+        value, axes = self._of(_arguments(node)[0]), _axes(node)
+        if all(value.shape[axis] == 1 for axis in axes):  # of one number each
+            return self._fit(value.at(value.layout.view(_result(node).shape)), node)
         if _result(node).dtype != torch.float32:
             raise Unsupported(f"the operator {node.target} giving {_result(node).dtype}")
-        total = self._writer.reduce(op, self._of(_arguments(node)[0]), _axes(node))
+        total = self._writer.reduce(op, value, axes)
         return total.at(total.layout.view(_result(node).shape))
 
     def _op_mean(self, node: fx.Node, tensor: Any, *arguments: Any) -> Value:
@@ -348,6 +351,61 @@ class Lowering:
         if _result(tensor).shape[axis] != 1:
             raise Unsupported(f"the operator {node.target} over more than one position")
         return self._fit(self._of(tensor), node)
+
+    def _op_cummax(self, node: fx.Node, tensor: Any, axis: int) -> list[Any]:
+        if _result(tensor).shape[axis] != 1:
+            raise Unsupported(f"the operator {node.target} over more than one position")
+        return [self._of(tensor), 0]  # the maximum, and where it was
+
+    def _op_any(self, node: fx.Node, tensor: Any, axis: int, *arguments: Any) -> Value:
+        if _result(tensor).dtype != torch.bool:
+            raise Unsupported(f"the operator {node.target} on {_result(tensor).dtype}")
+        largest = self._writer.reduce(Op.ROW_MAX, self._of(tensor), [axis])
+        return largest.at(largest.layout.view(_result(node).shape))
+
+    # -- other places ----------------------------------------------------------------------------------------------
+    def _op_topk(self, node: fx.Node, tensor: Any, k: int, axis: int = -1, largest: bool = True, *rest: Any) -> Any:
+        """By rank, which is how many others are larger, or equal and stand before: n^2 comparisons for n entries."""
+        value, calculate = self._fit(self._of(tensor), tensor), self._writer.elementwise
+        if axis % value.layout.ndim != value.layout.ndim - 1 or not largest or value.dtype != torch.float32:
+            raise Unsupported(f"the operator {node.target} over another axis than the last, or for other numbers")
+        *outer, n = value.shape
+        index = self._writer.new((n,))
+        for entry in range(n):
+            self._writer.copy(self._writer.constant(entry, torch.float32), index.at(index.layout[entry]))
+
+        (own, others), (at, before) = (
+            [x.at(x.layout.unsqueeze(-1)), x.at(x.layout.unsqueeze(-2))] for x in (value, index)
+        )
+        square, shape = (*outer, n, n), (*outer, k, n)
+        equal, earlier = calculate(Op.EQ, [own, others], square), calculate(Op.LT, [before, at], (n, n))
+        ties = calculate(Op.MUL, [equal, earlier], square)
+        ahead = calculate(Op.ADD, [calculate(Op.LT, [own, others], square), ties], square)
+        rank = self._writer.reduce(Op.SUM, ahead, [-1])
+        places = index.at(index.layout[:k].unsqueeze(-1))
+        chosen = calculate(Op.EQ, [rank.at(rank.layout.transpose(-1, -2)), places], shape)
+        found = [
+            self._writer.reduce(Op.SUM, calculate(Op.WHERE, [chosen, x, 0.0], shape), [-1]) for x in (others, index)
+        ]
+        return [part.at(part.layout.squeeze(-1)) for part in found]
+
+    def _op_index_select(self, node: fx.Node, tensor: Any, axis: int, index: Any) -> Value:
+        table = self._fit(self._of(tensor), tensor)
+        if axis != 0 or table.dtype != torch.float32:
+            raise Unsupported(f"the operator {node.target} along axis {axis} of {_result(tensor).dtype}")
+        try:
+            table = table.at(table.layout.view(table.shape[0], -1))
+        except RuntimeError:
+            table = self._writer.copy(table)
+            table = table.at(table.layout.view(table.shape[0], -1))
+        rows = self._writer.rows(table, self._of(index))
+        return rows.at(rows.layout.view(_result(node).shape))
+
+    def _op_scatter(self, node: fx.Node, tensor: Any, axis: int, index: Any, source: Any) -> Value:
+        shapes = [_result(x).shape for x in (tensor, index, source) if isinstance(x, fx.Node)]
+        if len(set(shapes)) != 1 or len(shapes) != 3 or shapes[0][axis] != 1:
+            raise Unsupported(f"the operator {node.target} over more than one position")
+        return self._fit(self._of(source), node)
 
     # -- products ------------------------------------------------------------------------------------------------------
     def _op_mm(self, node: fx.Node, a: Any, b: Any) -> Value:

@@ -222,13 +222,22 @@ class Writer:
         return result
 
     def rows(self, table: Value, indices: Value) -> Value:
-        """Rows of a matrix by int64 indices, (..., width)."""
+        """Rows of a matrix by integer indices, (..., width).
+
+        Indices that are an input are looked at before the program runs. Computed ones are taken to be those of the
+        module, which would have refused others: what is outside becomes the first or last row.
+        """
         width = table.shape[1]
-        if table.layout.stride(1) != 1 or not indices.layout.is_contiguous() or indices.dtype != torch.int64:
-            raise Unsupported("a table or indices that are not contiguous int64")
-        if indices.storage.kind != "input":  # whose numbers are looked at before the program runs
-            raise Unsupported("rows of a table by computed indices")
-        self._limits.append((indices.storage.index, table.shape[0]))
+        if table.layout.stride(1) != 1:
+            table = self.copy(table)
+        if indices.storage.kind == "input":
+            if not indices.layout.is_contiguous() or indices.dtype != torch.int64:
+                raise Unsupported("indices that are not contiguous int64")
+            self._limits.append((indices.storage.index, table.shape[0]))
+        else:
+            inside = self.elementwise(Op.MAX, [self.cast(indices, torch.float64), 0.0], indices.shape)
+            inside = self.elementwise(Op.MIN, [inside, table.shape[0] - 1.0], indices.shape)
+            indices = self.convert(Op.DOUBLE_TO_INT, inside, torch.int64)
         result = self.new((*indices.shape, width))
         places = [
             (result, (0, 0, width, 1)),

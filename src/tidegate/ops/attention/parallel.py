@@ -1,7 +1,9 @@
 """Attention through torch's fused kernel: in one piece where it can, in blocks where a mask would grow as T x T.
 
-Every token has a place on one line of integers: its document times `_APART`, plus its position in the document. A query
-at place a sees a key at place b exactly if 0 <= a - b < span, where span is the window, or anything below `_APART` for
+What that kernel cannot do, other weights than a softmax's or a bias, is plain products over the same blocks.
+
+Every token has a place on one line of integers: its document times `APART`, plus its position in the document. A query
+at place a sees a key at place b exactly if 0 <= a - b < span, where span is the window, or anything below `APART` for
 full attention. So one number per token stands for documents, causality and window together. Padding and empty slots
 share one place far off: no token sees them, and padded queries see each other, whose values are zero, instead of
 nothing, which would be a softmax over the empty set.
@@ -9,32 +11,36 @@ nothing, which would be a softmax over the empty set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidegate.ops.attention.weights import APART, Rule, Sees, by_definition
+from tidegate.ops.slots import append
 from tidegate.segments import Segments
 
 Cache = tuple[Tensor, Tensor, Tensor]
-_APART = 2**40
 _NOWHERE = 2**62
 _QUERIES = 512  # queries per masked call of full attention: bounds a mask's memory by this times the keys
 _GROUP = 4096  # tokens per call of windowed attention: copies of keys and values stay in the cache and the allocator
 
 
 def parallel(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Cache | None, segments: Segments | None
 ) -> tuple[Tensor, Cache]:
     """`ops.attention` after its checks: one fused call, masked blocks of queries, or blocks along a window."""
-    exporting = torch.compiler.is_exporting()
+    window, exporting = rule.window, torch.compiler.is_exporting()
     if window is None and state is not None and not exporting and state[0].shape[1] == 0:
         state = None
-    new_state = _update(k, v, window, state, segments)
-    if window is None and state is None and segments is None:
-        return _attend(q, k, v, None, scale), new_state
+    past, length = (None, None) if state is None else (state[:2], state[2])
+    (new_keys, new_values), new_length = append((k, v), past, length, segments, window)
+    new_state = new_keys, new_values, new_length
+    # Where keys and values differ in width, the fused kernel is none, and a whole sequence at once would be T x T.
+    if window is None and state is None and segments is None and rule.fused and q.shape[-1] == v.shape[-1]:
+        return _attend(q, k, v, None, rule), new_state
 
     place, past_place = _places(q, window, state, segments)
     if window is None:
@@ -46,12 +52,12 @@ def parallel(
         elif state is not None and past_place is not None:
             keys, values = torch.cat([state[0], k], dim=1), torch.cat([state[1], v], dim=1)
             key_place = torch.cat([past_place, place], dim=1)
-        return _masked(q, keys, values, place, key_place, _APART // 2, scale), new_state
+        return _masked(q, keys, values, place, key_place, APART // 2, rule), new_state
 
     def windowed(q: Tensor, k: Tensor, v: Tensor, place: Tensor, regular: bool) -> Tensor:
         if torch.compiler.is_compiling():
-            return _windowed_traced(q, k, v, place, state, past_place, window, scale)
-        return _windowed(q, k, v, place, state, past_place, window, scale, regular=regular)
+            return _windowed_traced(q, k, v, place, state, past_place, window, rule)
+        return _windowed(q, k, v, place, state, past_place, window, rule, regular=regular)
 
     if segments is None:
         return windowed(q, k, v, place, True), new_state
@@ -75,7 +81,7 @@ def _places(
         place = torch.arange(q.shape[1], device=q.device)[None]
         place = place if offset is None else place + offset[:, None]
     else:
-        place = segments.documents * _APART + segments.positions(offset)
+        place = segments.documents * APART + segments.positions(offset)
         place = torch.where(segments.valid, place, _NOWHERE)
     if state is None or offset is None:
         return place, None
@@ -86,34 +92,18 @@ def _places(
     return place, torch.where((held >= 0) & (held <= newest), held, _NOWHERE)
 
 
-def _sees(query_place: Tensor, key_place: Tensor, span: int) -> Tensor:
-    """(B, 1, queries, keys) bool."""
-    distance = query_place[:, :, None] - key_place[:, None, :]
-    return ((distance >= 0) & (distance < span))[:, None]
-
-
 # -- pieces ------------------------------------------------------------------------------------------------------------
-def _masked(q: Tensor, k: Tensor, v: Tensor, place: Tensor, key_place: Tensor, span: int, scale: float) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, place: Tensor, key_place: Tensor, span: int, rule: Rule) -> Tensor:
     """Masked attention by blocks of queries; the last keys are the queries' own tokens."""
     if torch.compiler.is_compiling() or q.shape[1] <= _QUERIES:  # a traced program must not fix the number of blocks
-        return _attend(q, k, v, _Sees(place, key_place, span), scale)
+        return _attend(q, k, v, Sees(place, key_place, span), rule)
     before = k.shape[1] - q.shape[1]
     pieces, until = [], before
     for queries, places in zip(q.split(_QUERIES, dim=1), place.split(_QUERIES, dim=1), strict=True):
         until += queries.shape[1]
-        sees = _Sees(places, key_place[:, :until], span)
-        pieces.append(_attend(queries, k[:, :until], v[:, :until], sees, scale))
+        sees = Sees(places, key_place[:, :until], span)
+        pieces.append(_attend(queries, k[:, :until], v[:, :until], sees, rule))
     return torch.cat(pieces, dim=1)
-
-
-class _Sees:
-    """A mask that is made when it is needed, and again in the backward pass, rather than kept."""
-
-    def __init__(self, query_place: Tensor, key_place: Tensor, span: int) -> None:
-        self.arguments = query_place, key_place, span
-
-    def __call__(self) -> Tensor:
-        return _sees(*self.arguments)
 
 
 def _windowed(
@@ -124,7 +114,7 @@ def _windowed(
     state: Cache | None,
     past_place: Tensor | None,
     window: int,
-    scale: float,
+    rule: Rule,
     *,
     regular: bool,
 ) -> Tensor:
@@ -153,16 +143,16 @@ def _windowed(
                 near_values = torch.cat([state[1], near_values], dim=1)
                 near_place = torch.cat([past_place, near_place], dim=1)
             alone = state is None and regular
-            mask = None if alone else _Sees(places[0], near_place, window)
-            pieces.append(_attend(queries[0], near, near_values, mask, scale))
+            mask = None if alone else Sees(places[0], near_place, window)
+            pieces.append(_attend(queries[0], near, near_values, mask, rule))
             continue
 
         def near_of(parts: tuple[Tensor, ...], n: int = n) -> Tensor:
             return torch.cat([parts[n - 1][:, -window:], parts[n]], dim=1)
 
         if size % window:  # the rest
-            mask = _Sees(places[n], near_of(places), window)
-            pieces.append(_attend(queries[n], near_of(keys), near_of(values), mask, scale))
+            mask = Sees(places[n], near_of(places), window)
+            pieces.append(_attend(queries[n], near_of(keys), near_of(values), mask, rule))
             continue
 
         def blocks(x: Tensor) -> Tensor:
@@ -172,8 +162,8 @@ def _windowed(
             before = torch.cat([parts[n - 1][:, -window:], parts[n][:, :-window]], dim=1)
             return torch.cat([blocks(before), blocks(parts[n])], dim=1)
 
-        mask = _Sees(order[:, window:], order, window) if regular else _Sees(blocks(places[n]), pairs(places), window)
-        o = _attend(blocks(queries[n]), pairs(keys), pairs(values), mask, scale)
+        mask = Sees(order[:, window:], order, window) if regular else Sees(blocks(places[n]), pairs(places), window)
+        o = _attend(blocks(queries[n]), pairs(keys), pairs(values), mask, rule)
         pieces.append(o.unflatten(0, (batch, -1)).flatten(1, 2))
     return torch.cat(pieces, dim=1)
 
@@ -186,7 +176,7 @@ def _windowed_traced(
     state: Cache | None,
     past_place: Tensor | None,
     window: int,
-    scale: float,
+    rule: Rule,
 ) -> Tensor:
     """The same without a branch on the length, so that one compiled graph takes any: all blocks alike, the last filled
     up. (It always is, for a graph would know a length that fills all blocks as a case of its own.)"""
@@ -207,8 +197,8 @@ def _windowed_traced(
 
     q, k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, fill)) for x in (q, k, v))
     place = torch.nn.functional.pad(place.expand(batch, time), (0, fill), value=_NOWHERE)
-    sees = _Sees(blocks(place), pairs(past_place, place), window)
-    o = _attend(blocks(q), pairs(past_k, k), pairs(past_v, v), sees, scale)
+    sees = Sees(blocks(place), pairs(past_place, place), window)
+    o = _attend(blocks(q), pairs(past_k, k), pairs(past_v, v), sees, rule)
     return o.reshape(batch, count * window, *o.shape[2:])[:, :time]
 
 
@@ -219,68 +209,28 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     )
 
 
-# -- the state ---------------------------------------------------------------------------------------------------------
-def _update(k: Tensor, v: Tensor, window: int | None, state: Cache | None, segments: Segments | None) -> Cache:
-    """The state after the call: past slots of the last document, and its new tokens in theirs."""
-    batch, time = k.shape[:2]
-    length = k.new_zeros(batch, dtype=torch.int64) if state is None else state[2]
-    if segments is None:
-        if state is None and window is None:
-            return k, v, length + time
-        new_length = length + time
-        # Cutting only saves work, and a traced length is no number to compare with.
-        cut = window is not None and not torch.compiler.is_compiling() and time > window
-        last = slice(time - (window or 0), time) if cut else slice(0, time)
-        k, v = k[:, last], v[:, last]
-        slot = length[:, None] + torch.arange(time, device=k.device)[None, last]
-    else:
-        in_last = segments.in_last_document()
-        kept = segments.documents[:, -1] == 0
-        length = torch.where(kept, length, 0)
-        slot = segments.positions(length)
-        new_length = length + in_last.sum(1)
-        if state is not None:
-            keep = kept[:, None, None, None]
-            state = (torch.where(keep, state[0], 0), torch.where(keep, state[1], 0), length)
-    size = window or (time if state is None else state[0].shape[1] + time)
-    if window is not None:
-        stays = slot >= (new_length - window)[:, None]
-        slot = slot % window
-    else:
-        stays = slot < size
-    if segments is not None:
-        stays = stays & in_last
-    slot = torch.where(stays, slot, size)  # one slot too many takes what is not kept
-
-    def write(past: Tensor | None, new: Tensor) -> Tensor:
-        room = new.new_zeros(batch, size + 1 - (0 if past is None else past.shape[1]), *new.shape[2:])
-        buffer = room if past is None else torch.cat([past, room], dim=1)
-        # The buffer is new, so writing into it harms nobody; only `vmap` cannot, if the past is the same for all.
-        mapped = torch._C._functorch.peek_interpreter_stack() is not None
-        scatter = buffer.scatter if mapped else buffer.scatter_
-        return scatter(1, slot[:, :, None, None].expand_as(new), new)[:, :size]
-
-    keys, values = (None, None) if state is None else state[:2]
-    return write(keys, k), write(values, v), new_length
-
-
 # -- the kernel --------------------------------------------------------------------------------------------------------
-Mask = Callable[[], Tensor] | None
+Mask = Sees | None
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rule: Rule) -> Tensor:
     """q (N, T, H, D), k (N, S, G, D), v (N, S, G, V); without a mask, causal with S = T."""
     if torch.compiler.is_compiling():
-        return _fused(q, k, v, mask, scale)
+        return _form(rule)(q, k, v, mask, rule)
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return _by_definition(q, k, v, mask, scale)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attend.apply(q, k, v, mask, scale)
-    return _fused(q, k, v, mask, scale)
+        return by_definition(q, k, v, mask, rule)
+    inputs = (q, k, v) if rule.bias is None else (q, k, v, rule.bias)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _Attend.apply(q, k, v, rule.bias, mask, rule)
+    return _form(rule)(q, k, v, mask, rule)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    heads, groups = q.shape[2], k.shape[2]
+def _form(rule: Rule) -> Callable[..., Tensor]:
+    return _fused if rule.fused else by_definition
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rule: Rule) -> Tensor:
+    heads, groups, scale = q.shape[2], k.shape[2], rule.scale
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if mask is None:
         o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads != groups)
@@ -293,56 +243,43 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
     return o.transpose(1, 2)
 
 
-def _by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """The same by plain products, which torch can differentiate as often as asked, and map over."""
-    groups = k.shape[2]
-    q = q.transpose(1, 2).unflatten(1, (groups, -1))  # (N, G, R, T, D)
-    k, v = k.transpose(1, 2)[:, :, None], v.transpose(1, 2)[:, :, None]  # (N, G, 1, S, .)
-    if mask is None:
-        order = torch.arange(q.shape[-2], device=q.device)[None]
-        sees = _sees(order, order, _APART)
-    else:
-        sees = mask()
-    scores = (scale * (q @ k.mT)).masked_fill(~sees[:, :, None], -torch.inf)
-    o = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
-    return o.flatten(1, 2).transpose(1, 2)
-
-
 class _Attend(torch.autograd.Function):
-    """The fused kernel, with two things added: a second derivative, and masks that are rebuilt rather than stored."""
+    """A block, with two things added: a second derivative, and masks and weights that are rebuilt, not stored."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.mask, ctx.scale, ctx.graph = mask, scale, None
-        if mask is not None:
-            return _fused(q, k, v, mask, scale)
-        ctx.graph = _graph(q, k, v, mask, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, rule: Rule) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        ctx.mask, ctx.rule, ctx.graph = mask, rule, None
+        if mask is not None or not rule.fused:
+            return _form(rule)(q, k, v, mask, rule)
+        ctx.graph = _graph([q, k, v, bias], mask, rule)
         return ctx.graph[1].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = inputs = ctx.saved_tensors
+        q, k, v, bias = inputs = ctx.saved_tensors
+        rule = ctx.rule
         if torch.is_grad_enabled():  # the gradient itself will be differentiated
-            wanted = [x for x in inputs if x.requires_grad]
-            o = _by_definition(q, k, v, ctx.mask, ctx.scale)
+            wanted = [x for x in inputs if x is not None and x.requires_grad]
+            o = by_definition(q, k, v, ctx.mask, rule._replace(bias=bias))
             given = iter(torch.autograd.grad(o, wanted, grads, create_graph=True))
-            return (*(next(given) if x.requires_grad else None for x in inputs), None, None)
+            return (*(next(given) if x is not None and x.requires_grad else None for x in inputs), None, None)
         # Without a mask the forward pass kept the kernel's own graph; it serves once, a second pass builds it anew.
-        leaves, o = ctx.graph or _graph(q, k, v, ctx.mask, ctx.scale)
+        leaves, o = ctx.graph or _graph(inputs, ctx.mask, rule)
         ctx.graph = None
         found = torch.autograd.grad(o, leaves, grads)
         # The kernel weighs scores anew against a stored log-sum. Beyond 1e8, where neighbouring float32 numbers lie
         # more than one apart, that can overflow; the definition cannot. Looking is free only on the CPU.
-        if q.device.type == "cpu" and not all(x.sum().isfinite() for x in found):
-            leaves, o = _graph(q, k, v, ctx.mask, ctx.scale, _by_definition)
+        if rule.fused and q.device.type == "cpu" and not all(x.sum().isfinite() for x in found):
+            leaves, o = _graph(inputs, ctx.mask, rule, by_definition)
             found = torch.autograd.grad(o, leaves, grads)
-        return (*found, None, None)
+        return (*found, *[None] * (6 - len(found)))
 
 
 def _graph(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, form: Callable[..., Tensor] = _fused
+    inputs: Sequence[Tensor | None], mask: Mask, rule: Rule, form: Callable[..., Tensor] | None = None
 ) -> tuple[list[Tensor], Tensor]:
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        return [q, k, v], form(q, k, v, mask, scale)
+        leaves = [x.detach().requires_grad_() for x in inputs if x is not None]
+        q, k, v, bias = (*leaves, None)[:4]
+        return leaves, (form or _form(rule))(q, k, v, mask, rule._replace(bias=bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tidegate.ops.attention.weights import ELEMENTWISE, Rule
 from tidegate.ops.loop import over_time
 from tidegate.segments import Segments
 
@@ -12,11 +13,11 @@ Cache = tuple[Tensor, Tensor, Tensor]
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, state: Cache | None, segments: Segments | None
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, state: Cache | None, segments: Segments | None
 ) -> tuple[Tensor, Cache]:
     """`ops.attention` after its checks, token by token."""
     batch, time, heads, _ = q.shape
-    groups = k.shape[2]
+    groups, window = k.shape[2], rule.window
     if state is None:
         slots = window or 0
         state = (
@@ -44,10 +45,19 @@ def reference(
         here = (valid[:, None] & (slot == (p % slot.shape[0])[:, None]))[:, :, None, None]
         keys = torch.where(here, k[:, None], keys)
         values = torch.where(here, v[:, None], values)
-        # 3. softmax over the slots in use; padding, which may find none, looks at all and is blanked afterwards
-        seen = (slot <= p[:, None]) | ~valid[:, None]  # (B, L)
-        scores = scale * torch.einsum("bgrk,blgk->bgrl", q.unflatten(1, (groups, heads // groups)), keys)
-        weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        # 3. the scores of the slots in use; padding, which may find none, looks at all and is blanked afterwards
+        seen = ((slot <= p[:, None]) | ~valid[:, None])[:, None, None]  # (B, 1, 1, L)
+        scores = rule.scale * torch.einsum("bgrk,blgk->bgrl", q.unflatten(1, (groups, heads // groups)), keys)
+        if rule.kernel != "softmax":
+            scores = scores / (window or (p + 1)[:, None, None, None])
+        if rule.bias is not None:
+            distance = (p[:, None] - slot) % slot.shape[0]  # (B, L)
+            scores = scores + rule.bias[:, distance].unflatten(0, (groups, heads // groups)).movedim(2, 0)
+        # 4. what each is worth
+        if rule.kernel == "softmax":
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        else:
+            weights = torch.where(seen, ELEMENTWISE[rule.kernel](scores), 0)
         o = torch.einsum("bgrl,blgv->bgrv", weights, values).flatten(1, 2)
         return (keys, values), torch.where(valid[:, None, None], o, torch.zeros_like(o))
 

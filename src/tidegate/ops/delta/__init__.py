@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.ops.delta import parallel, reference
 from tidegate.segments import Segments
 
 __all__ = ["delta_rule", "dplr"]
 
 
+@recurrence
 def dplr(
     q: Tensor,
     k: Tensor,
@@ -62,6 +64,7 @@ def dplr(
     return numba_cpu.dplr(q, k, v, a, b, None, g, scale, state, segments)
 
 
+@recurrence
 def delta_rule(
     q: Tensor,
     k: Tensor,

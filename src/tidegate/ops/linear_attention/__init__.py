@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.ops.linear_attention import parallel, reference
 from tidegate.segments import Segments, zero_padding
 
 
+@recurrence
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -21,6 +24,7 @@ def linear_attention(
     segments: Segments | None = None,
     read_before_write: bool = False,
     bonus: Tensor | None = None,
+    normaliser_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A matrix state per head, decayed and written with an outer product at every step.
 
@@ -31,8 +35,11 @@ def linear_attention(
     With `read_before_write`, o_t = scale * (S_{t-1} + (bonus * k_t) v_t^T)^T q_t: the state is read before it decays
     and is written to, and the current token is seen through `bonus` (RWKV-6).
 
+    With `normaliser_eps`, o_t / (n_t + normaliser_eps), where n is what a value of constant one would read: a weighted
+    mean, for keys and queries without negative entries. The state has a column more, for that value.
+
     Shapes: q, k (B, T, H, K); v (B, T, H, V); log_decay <= 0, one of None, (H,), (B, T, H) or (B, T, H, K);
-    bonus (H, K); state (B, H, K, V), zeros if None, float32 at least. scale None means 1.
+    bonus (H, K); state (B, H, K, V) or (B, H, K, V + 1), zeros if None, float32 at least. scale None means 1.
     Returns o (B, T, H, V) in q's dtype and the final state.
 
     Raises ValueError for shapes that do not fit. Sources: arXiv 2006.16236 (linear attention), 2307.08621 (RetNet),
@@ -43,6 +50,8 @@ def linear_attention(
     >>> o.flatten().tolist(), state.item()
     ([1.0, 1.5, 1.75], 1.75)
     """
+    if normaliser_eps is not None:
+        v = pad(v, (0, 1), value=1.0)
     batch, time, heads, key_dim = _check(q, k, v, log_decay, state, bonus, read_before_write)
     dtype = q.dtype
     accumulate = torch.promote_types(dtype, torch.float32)
@@ -57,8 +66,11 @@ def linear_attention(
     scale = 1.0 if scale is None else float(scale)
 
     if read_before_write:
-        return _read_before_write(q, k, v, log_decay, scale, state, segments, bonus)
-    o, state = _dispatch(q, k, v, log_decay, scale, state, segments)
+        o, state = _read_before_write(q, k, v, log_decay, scale, state, segments, bonus)
+    else:
+        o, state = _dispatch(q, k, v, log_decay, scale, state, segments)
+    if normaliser_eps is not None:
+        o = o[..., :-1] / (o[..., -1:] + normaliser_eps)
     return o.to(dtype), state
 
 

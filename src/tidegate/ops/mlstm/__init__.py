@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.ops.mlstm import parallel, reference
 from tidegate.segments import Segments, zero_padding
 
 
+@recurrence
 def mlstm(
     q: Tensor,
     k: Tensor,

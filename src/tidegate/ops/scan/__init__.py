@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.segments import Segments, zero_padding
 
 __all__ = ["scan"]
 
 
+@recurrence
 def scan(
     a: Tensor,
     b: Tensor,
@@ -55,7 +56,7 @@ def scan(
     b = b.to(wide)
     state = b.new_zeros(batch, dim) if state is None else state.to(wide)
     if reverse and segments is not None:
-        segments = _backwards(segments)
+        segments = segments.reversed(continues=True)
     form = choose(b)
     if form == "numba":
         from tidegate.ops.scan.numba_cpu import scan as fused
@@ -71,16 +72,6 @@ def scan(
         a, b = a.flip(1), b.flip(1)
     h, state = forward(a, b, state, segments)
     return (h.flip(1) if reverse else h).to(dtype), state
-
-
-def _backwards(segments: Segments) -> Segments:
-    """The same documents read from right to left; the one that is met first continues from the state."""
-    valid, starts = segments.valid.flip(1), segments.starts.flip(1)
-    time = torch.arange(valid.shape[1], device=valid.device)
-    seen = torch.where(valid, time, -1).cummax(1).values
-    before = pad(seen, (1, 0), value=-1)[:, :-1]  # the real token visited before
-    left = (before >= 0) & starts.gather(1, before.clamp(min=0))  # that was the first of its document
-    return Segments(valid & left, valid)
 
 
 def _check(a: Tensor, b: Tensor, state: Tensor | None) -> None:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.segments import Segments, zero_padding
 
 __all__ = ["slot_scores"]
 
 
+@recurrence
 def slot_scores(
     q: Tensor,
     k: Tensor,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.segments import Segments, zero_padding
 
 __all__ = ["sru"]
 
 
+@recurrence
 def sru(
     x: Tensor,
     projected: Tensor,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tidegate.segments import Segments
+from tidegate.cache import cache_folder
 from tidegate.tasks.language.corpus import Document, Source, open_source, tail_at_paragraph
 from tidegate.tasks.language.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -47,11 +48,6 @@ class Corpus:
             f"{s['held_out_bytes'] / 1e6:.2f} MB in {s['held_out_documents']:,} held out ({s['split']}); "
             f"{self.tokenizer.kind}, vocabulary {self.tokenizer.vocab_size}"
         )
-
-
-def cache_folder() -> Path:
-    """Where tokenised texts are kept: $TIDEGATE_CACHE, or ~/.cache/tidegate. Safe to delete at any time."""
-    return Path(os.environ.get("TIDEGATE_CACHE") or Path.home() / ".cache" / "tidegate")
 
 
 def prepare(

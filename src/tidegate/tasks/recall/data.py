@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-IGNORE = -100  # a target that is not scored; what torch's cross-entropy skips
+from tidegate.tasks.targets import IGNORE, check_sizes
+
 RESET = 0  # the token that begins a segment
 
 
@@ -35,7 +36,7 @@ def segment_recall(
     >>> targets.tolist()
     [[-100, -100, -100, -100, -100, 3, -100, -100, -100]]
     """
-    _check(batch=batch, length=length, keys=keys, values=values, pairs=min(pairs, default=0))
+    check_sizes(batch=batch, length=length, keys=keys, values=values, pairs=min(pairs, default=0))
     most = length // (1 + 2 * min(pairs)) + 1  # segments in a row of shortest ones
     draw = torch.randint(len(pairs), (batch, most), generator=generator)
     ends = (1 + 2 * torch.tensor(list(pairs))[draw]).cumsum(1)
@@ -72,7 +73,7 @@ def one_token_pairs(
     >>> targets.tolist()
     [[-100, -100, -100, 3, 1]]
     """
-    _check(batch=batch, keys=keys, values=values, stored=stored, asked=asked)
+    check_sizes(batch=batch, keys=keys, values=values, stored=stored, asked=asked)
     if not asked <= stored <= keys:
         raise ValueError(f"asked, stored, keys: seen {asked}, {stored}, {keys}, wanted asked <= stored <= keys")
     shown = torch.rand(batch, keys, generator=generator).argsort(1)[:, :stored]
@@ -81,9 +82,3 @@ def one_token_pairs(
     mark = torch.full((batch, asked), values)
     both = torch.stack([torch.cat([shown, shown.gather(1, question)], 1), torch.cat([value, mark], 1)], -1)
     return both, torch.cat([torch.full((batch, stored), IGNORE), value.gather(1, question)], 1)
-
-
-def _check(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: seen {size}, wanted at least 1")

@@ -1,0 +1,123 @@
+"""Look inside a mixer or a model: every linear recurrence in it as a dynamical system, and as an attention matrix.
+
+One run is enough. Recurrences go through a few ops, whose calls are recorded; what each call was given says which
+system it is (members.py). So this works for every mixer built on them, without knowing the mixer.
+
+>>> import torch
+>>> from tidegate import mixers
+>>> seen = explain(mixers.build("retnet", dim=32, num_heads=2), torch.randn(1, 12, 32))
+>>> (system,) = seen.systems
+>>> system.attention.shape, system.eigenvalues[0, 5, :, 0].real.tolist()
+(torch.Size([1, 2, 12, 12]), [0.96875, 0.984375])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tidegate.methods.explain.members import MEMBERS, refusal
+from tidegate.methods.explain.system import System
+from tidegate.nn.mixer import Mixer
+from tidegate.ops.calls import Call, answered_by
+
+__all__ = ["Explanation", "System", "explain", "rebuild"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` saw: the module's output, and a `System` for every call of a recurrence, in order."""
+
+    output: Any
+    systems: tuple[System, ...]
+
+
+@torch.no_grad()
+def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
+    """Run `module(*inputs, **options)`, a mixer on x (B, T, dim) or a model on its inputs, and look at its recurrences.
+
+    The run is an ordinary one, in the module's own dtype and mode; systems are computed in float64 from what the ops
+    were given. It has to begin from nothing: no state is passed.
+
+    Raises ValueError for a module without linear recurrence (a GRU's gates see its state: there is no matrix), and for
+    a run that begins with a state.
+    """
+    systems: list[System] = []
+
+    def answer(call: Call, layer: str) -> Any:
+        result = call.run()
+        systems.append(_system(call, layer, result))
+        return result
+
+    output = _run(module, inputs, options, answer)
+    if not systems:
+        raise ValueError(_silence(module))
+    return Explanation(output[0] if isinstance(output, tuple) else output, tuple(systems))
+
+
+@torch.no_grad()
+def rebuild(module: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+    """The output of `explain`'s run with every recurrence replaced by its matrix, computed in float64.
+
+    It equals the module's own output up to rounding; that is what makes the matrices its explanation.
+    """
+    replaced = 0
+
+    def answer(call: Call, layer: str) -> Any:
+        nonlocal replaced
+        replaced += 1
+        result = call.run()
+        return _system(call, layer, result).rebuilt(), *result[1:]
+
+    output = _run(module, inputs, options, answer)
+    if not replaced:
+        raise ValueError(_silence(module))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[Call, str], Any]) -> Any:
+    with _names(module) as inside, answered_by(lambda call: answer(call, inside[-1])):
+        return module(*inputs, **options)
+
+
+@contextmanager
+def _names(module: nn.Module) -> Iterator[list[str]]:
+    """A list whose last entry is always the name of the mixer that is running."""
+    inside = [""]
+    hooks = []
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    for name, part in module.named_modules():
+        if isinstance(part, Mixer):
+            hooks.append(part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+            hooks.append(part.register_forward_hook(leave))
+    try:
+        yield inside
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _system(call: Call, layer: str, result: Any) -> System:
+    if reason := refusal(call.op, call.arguments):
+        raise ValueError(f"{layer or 'module'}: {reason}")
+    state = call.arguments.get("state")
+    leaves = state if isinstance(state, tuple) else () if state is None else (state,)
+    if any(leaf.any() for leaf in leaves):
+        raise ValueError(f"{layer or 'module'}: begins with a state that is not empty; explain needs the whole sequence")
+    return System(call.op, layer, dict(call.arguments), result[0])
+
+
+def _silence(module: nn.Module) -> str:
+    names = {type(part).__name__: None for part in module.modules() if isinstance(part, Mixer)}
+    return (
+        f"{', '.join(names) or type(module).__name__}: no linear recurrence has run, so there is no matrix to show. "
+        f"Cells such as LSTM and GRU update their state nonlinearly; explain knows {', '.join(MEMBERS)}"
+    )

@@ -1,0 +1,79 @@
+"""A linear dynamical system that changes with time, and what it makes of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tidegate.segments import Segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """S_t = transition_t S_{t-1} + input_t v_t,    o_t = readout_t S_t + skip_t v_t + beside_t,    per head.
+
+    S is N x V and empty at the start of every document; v_t is M x V, what a token writes (M is 1 but for several steps
+    per token). Where a normaliser divides what is read, `readout` has that in it, and its logarithm is here too.
+    With `reads_before`, o_t reads S_{t-1}. With `backwards`, time runs from the right: the last token comes first in
+    all of these.
+    """
+
+    transition: Tensor  # (B, T, H, 1) a number, (B, T, H, N) a diagonal, or (B, T, H, N, N)
+    input: Tensor  # (B, T, H, N, M)
+    readout: Tensor  # (B, T, H, N)
+    values: Tensor  # (B, T, H, M, V)
+    segments: Segments | None = None
+    skip: Tensor | None = None  # (B, T, H, M)
+    beside: Tensor | None = None  # (B, T, H, V)
+    log_normaliser: Tensor | None = None  # (B, T, H)
+    reads_before: bool = False
+    backwards: bool = False
+
+    def select(self, heads: Any) -> Matrices:
+        """Only these heads: whatever indexes an axis and keeps it."""
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Matrices(**{name: x[:, :, heads] if isinstance(x, Tensor) else x for name, x in parts.items()})
+
+    def first(self) -> Tensor:
+        """(B, T) where nothing came before, so that a transition acts on nothing, or where there is only padding."""
+        batch, time = self.readout.shape[:2]
+        if self.segments is not None:
+            return self.segments.previous() < 0
+        return (torch.arange(time, device=self.readout.device) == 0).expand(batch, time)
+
+
+def run(system: Matrices, values: Tensor | None = None) -> Tensor:
+    """o (B, T, H, V) by the equations, token by token; complex where the system or the values are.
+
+    `values` (B, T, H, M, V) take the place of the system's own, and then only what the matrix does is added up, without
+    `beside`.
+    """
+    given = system.values if values is None else values
+    starts = valid = None
+    if system.segments is not None:
+        starts, valid = (flag[..., None, None, None] for flag in (system.segments.starts, system.segments.valid))
+    kind = torch.promote_types(system.transition.dtype, given.dtype)
+    transition, write, readout = (x.to(kind) for x in (system.transition, system.input, system.readout))
+    batch, time, heads, states = readout.shape
+    S = torch.zeros(batch, heads, states, given.shape[-1], dtype=kind, device=given.device)
+    outputs = []
+    for t in range(time):
+        if starts is not None:
+            S = torch.where(starts[:, t], 0, S)
+        moved = transition[:, t] @ S if transition.ndim == 5 else transition[:, t, ..., None] * S
+        after = moved + write[:, t] @ given[:, t].to(kind)
+        o = (readout[:, t, :, None] @ (S if system.reads_before else after))[:, :, 0]
+        if system.skip is not None:
+            o = o + (system.skip[:, t, :, None].to(kind) @ given[:, t].to(kind))[:, :, 0]
+        if valid is not None:
+            o, after = torch.where(valid[:, t, 0], o, 0), torch.where(valid[:, t], after, S)
+        S = after
+        outputs.append(o)
+    o = torch.stack(outputs, 1)
+    if values is None and system.beside is not None:
+        beside = system.beside if valid is None else torch.where(valid[:, :, 0], system.beside, 0)
+        o = o + beside
+    return o

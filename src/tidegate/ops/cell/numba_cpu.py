@@ -1,0 +1,251 @@
+"""Cells as CPU kernels: their generated source, compiled once and kept on disk, and the operator around it.
+
+Arrays, with G inputs, M products, V vectors, S states, E kept quantities and Q means of the cell, and d = D / H:
+
+    x (B, T, G, D)   v (V, D)   state, last (B, S, D)   y (B, T, D)   old (B, T, S, D): the states before each token
+    p (B, T, H, M, d): the products   e (B, T, E, D)   mu (T, H, Q, B)   codes (B, T), see Segments.codes
+
+A problem is up to R rows of the batch and one head. R depends on the batch alone, so that the number of threads
+changes no result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tidegate.cache import cache_folder
+from tidegate.ops import kernels
+from tidegate.ops.cell import Cell, find, loops, reference
+from tidegate.ops.cell.loops import PANEL
+from tidegate.segments import Segments
+from tidegate.state import write_atomically
+
+
+def run(
+    cell: Cell,
+    inputs: Tensor,
+    matrices: Tensor,
+    vectors: Tensor,
+    state: Tensor,
+    segments: Segments | None,
+    clip: float,
+    cut: int,
+) -> tuple[Tensor, Tensor]:
+    codes = None if segments is None else segments.codes()
+    return _call(cell.key, inputs, matrices, vectors, state, codes, clip, cut)[:2]
+
+
+# -- compilation -----------------------------------------------------------------------------------------------------------
+@functools.cache
+def _fingerprint() -> bytes:
+    """Of everything that generated kernels are made from: another version of it must not meet an old cache."""
+    folder = Path(loops.__file__).parent
+    files = [*sorted(folder.glob("*.py")), *(folder.parent / name for name in ("kernels.py", "passes.py", "tiles.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
+
+
+@functools.cache
+def compiled(key: str) -> ModuleType:
+    """The module of a cell's kernels. Its source is a file in the cache, where Numba keeps what it compiles, too."""
+    source = find(key).kernels.source()
+    name = "tidegate_cell_" + hashlib.sha256(source.encode() + _fingerprint()).hexdigest()[:20]
+    try:
+        path = cache_folder() / "cells" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, source.encode())
+    except OSError:  # a home that cannot be written: compile for this process alone
+        path = Path(tempfile.mkdtemp(prefix="tidegate-")) / f"{name}.py"
+        path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # Numba finds a cached function's module by its name
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- operators -------------------------------------------------------------------------------------------------------------
+def _rows(batch: int) -> int:
+    return 8 if batch < 32 else 16 if batch < 128 else 32
+
+
+def _packed(matrices: Tensor, transposed: bool) -> Tensor:
+    """(n, H, d_out, d_in) as panels (H, panels, inner, PANEL) of [outputs of all n] or, transposed, of the inputs."""
+    count, heads, out, inner = matrices.shape
+    wide = matrices.permute(1, 0, 2, 3).reshape(heads, count * out, inner)
+    wide = wide if transposed else wide.transpose(1, 2)  # (H, what is summed over, columns)
+    columns = wide.shape[2]
+    padded = torch.nn.functional.pad(wide, (0, -columns % PANEL))
+    return padded.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def _weights(cell: Cell, matrices: Tensor, transposed: bool) -> list[np.ndarray]:
+    order = {name: m for m, name in enumerate(cell.matrices)}
+    return [
+        kernels.flat(_packed(matrices[[order[product.matrix] for product in group]].float(), transposed))
+        for group in cell.kernels.groups
+    ]
+
+
+def _sizes(cell: Cell, inputs: Tensor, matrices: Tensor) -> tuple[int, int, int, int]:
+    """B, T, H, d."""
+    batch, time, _, width = inputs.shape
+    heads = matrices.shape[1] if cell.matrices else 1
+    return batch, time, heads, width // heads
+
+
+@torch.library.custom_op("tidegate::cell", mutates_args=(), device_types="cpu")
+def _forward_op(
+    key: str,
+    inputs: Tensor,
+    matrices: Tensor,
+    vectors: Tensor,
+    state: Tensor,
+    codes: Tensor | None,
+    clip: float,
+    cut: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, last, and what backward needs: old, p, e, mu."""
+    cell = find(key)
+    B, T, H, d = _sizes(cell, inputs, matrices)
+    R, size, D = _rows(B), cell.kernels.sizes, H * d
+    empty = torch.zeros if codes is not None else torch.empty  # passes leave out padding
+    y, e = empty(B, T, D), empty(B, T, size["E"], D)
+    last, old = torch.empty(B, size["S"], D), torch.empty(B, T, size["S"], D)
+    p, mu = torch.empty(B, T, H, size["M"], d), torch.empty(T, H, size["Q"], B)
+    flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
+    given = (kernels.flat(inputs), kernels.flat(vectors), kernels.flat(state), flags)
+    results = tuple(x.numpy().reshape(-1) for x in (y, last, old, p, e, mu))
+    w = kernels.pad(d)
+    kernels.run(
+        compiled(key).forward,
+        -(-B // R) * H,
+        *(R, B, T, H, d),
+        *given,
+        *_weights(cell, matrices, transposed=False),
+        *results,
+        scratch=size["S"] * R * w + 1,
+    )
+    return y, last, old, p, e, mu
+
+
+@torch.library.custom_op("tidegate::cell_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    key: str,
+    inputs: Tensor,
+    matrices: Tensor,
+    vectors: Tensor,
+    codes: Tensor | None,
+    clip: float,
+    cut: int,
+    old: Tensor,
+    p: Tensor,
+    e: Tensor,
+    mu: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of inputs, matrices, vectors and state."""
+    cell = find(key)
+    B, T, H, d = _sizes(cell, inputs, matrices)
+    R, size, D, code = _rows(B), cell.kernels.sizes, H * d, cell.kernels
+    problems, w = -(-B // R) * H, kernels.pad(d)
+    empty = torch.zeros if codes is not None else torch.empty
+    dx, dp, dstate = empty(B, T, size["G"], D), empty(B, T, H, size["M"], d), torch.empty(B, size["S"], D)
+    dv = torch.empty(problems, size["V"], d)
+    flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
+    given = [kernels.flat(inputs), kernels.flat(vectors), flags, *_weights(cell, matrices, transposed=True)]
+    given += [kernels.flat(tensor) for tensor in (old, p, e, mu, dy, dlast)]
+    results = tuple(x.numpy().reshape(-1) for x in (dx, dp, dv, dstate))
+    scratch = (2 * size["S"] + size["E"]) * R * w + (size["Q"] + 1) * R + size["V"] * w + 1
+    kernels.run(
+        compiled(key).backward, problems, R, B, T, H, d, np.float32(clip), cut, *given, *results, scratch=scratch
+    )
+    # 1. Matrices: one product over all tokens for each operand.
+    dmatrices, place = torch.empty(matrices.shape), {name: m for m, name in enumerate(cell.matrices)}
+    flows = dp.flatten(0, 1).movedim(1, 0)  # (H, B T, M, d)
+    first = 0
+    for group in code.groups:
+        operand = (
+            e[:, :, code.kept.index(group[0].operand)]
+            if group[0].operand in code.kept
+            else old[:, :, cell.states.index(str(group[0].operand))]
+        )
+        taken = operand.reshape(B * T, H, d).movedim(1, 0)
+        flow = flows[:, :, first : first + len(group)].flatten(2)
+        found = torch.bmm(flow.transpose(1, 2), taken).unflatten(1, (len(group), d))
+        dmatrices[[place[product.matrix] for product in group]] = found.movedim(1, 0)
+        first += len(group)
+    # 2. Inputs and vectors whose gradient is a product's.
+    memory = {product.matrix: m for m, product in enumerate(code.matrices)}
+    for name, matrix in code.same.items():
+        if name in cell.inputs:
+            dx[:, :, cell.inputs.index(name)] = dp[:, :, :, memory[matrix]].flatten(2)
+    dvectors = dv.unflatten(0, (-1, H)).sum(0).movedim(0, 1).flatten(1) if size["V"] else torch.empty(vectors.shape)
+    for name, matrix in code.same.items():
+        if name in cell.vectors:
+            dvectors[cell.vectors.index(name)] = dp[:, :, :, memory[matrix]].sum((0, 1)).flatten()
+    return dx, dmatrices, dvectors, dstate
+
+
+@_forward_op.register_fake
+def _(key, inputs, matrices, vectors, state, codes, clip, cut):
+    cell = find(key)
+    B, T, _, D = inputs.shape
+    H, size = matrices.shape[1] if cell.matrices else 1, cell.kernels.sizes
+    new = inputs.new_empty
+    saved = new(B, T, size["S"], D), new(B, T, H, size["M"], D // H), new(B, T, size["E"], D), new(T, H, size["Q"], B)
+    return new(B, T, D), new(B, size["S"], D), *saved
+
+
+@_backward_op.register_fake
+def _(key, inputs, matrices, vectors, codes, clip, cut, old, p, e, mu, dy, dlast):
+    return (
+        inputs.new_empty(inputs.shape),
+        matrices.new_empty(matrices.shape),
+        vectors.new_empty(vectors.shape),
+        dlast.new_empty(dlast.shape),
+    )
+
+
+_call_backward = kernels.direct(_backward_op)
+
+
+def _setup(ctx, inputs, output):
+    ctx.key, *tensors, codes, ctx.clip, ctx.cut = inputs
+    ctx.save_for_backward(*tensors, codes, *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _formula(ctx, dy, dlast, *_):
+    inputs, matrices, vectors, state, codes, *saved = ctx.saved_tensors
+    dy = inputs.new_zeros(inputs.shape[0], inputs.shape[1], inputs.shape[3]) if dy is None else dy
+    dlast = torch.zeros_like(state) if dlast is None else dlast
+    if not torch.is_grad_enabled():
+        found = _call_backward(ctx.key, inputs, matrices, vectors, codes, ctx.clip, ctx.cut, *saved, dy, dlast)
+        return (None, *found, None, None, None)
+    segments = None if codes is None else Segments(codes == 1, codes != 2)
+
+    def form(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return reference.run(find(ctx.key), *tensors, segments, ctx.clip, ctx.cut)
+
+    found = kernels.differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
+    return (None, *found, None, None, None)
+
+
+_forward_op.register_autograd(_formula, setup_context=_setup)
+_call: Any = kernels.direct(_forward_op, _setup, _formula)

@@ -1,0 +1,107 @@
+"""A cell, token by token, in PyTorch: any dtype, any device, differentiable as often as one likes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tidegate.ops.loop import over_time
+from tidegate.segments import Segments
+
+if TYPE_CHECKING:
+    from tidegate.ops.cell import Cell
+
+
+def product(matrix: Tensor, operand: Tensor) -> Tensor:
+    """(H, d_out, d_in) on (B, H, d_in)."""
+    if matrix.shape[0] == 1:
+        return functional.linear(operand[:, 0], matrix[0])[:, None]
+    return torch.einsum("hij,bhj->bhi", matrix, operand)
+
+
+def mean(*quantities: Tensor) -> Tensor:
+    """Over all of them and the channels of each head, (B, H, 1)."""
+    total = quantities[0]
+    for other in quantities[1:]:
+        total = total + other
+    return total.mean(-1, keepdim=True) / len(quantities)
+
+
+NAMES: dict[str, Any] = {
+    "product": product,
+    "mean": mean,
+    "where_negative": lambda x, yes, no: torch.where(x < 0, yes, no),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "softplus": functional.softplus,
+}
+
+
+def compile_step(source: str) -> Callable[..., Any]:
+    """The function that `source.torch_step` wrote."""
+    namespace = dict(NAMES)
+    exec(compile(source, "<a cell's equations>", "exec"), namespace)
+    step: Callable[..., Any] = namespace["step"]
+    return step
+
+
+def run(
+    cell: Cell,
+    inputs: Tensor,
+    matrices: Tensor,
+    vectors: Tensor,
+    state: Tensor,
+    segments: Segments | None,
+    clip: float,
+    cut: int,
+) -> tuple[Tensor, Tensor]:
+    """As `Cell.__call__` after its checks. `clip` and `cut` are about gradients and act where they flow back."""
+    heads, batch = matrices.shape[1] if cell.matrices else 1, inputs.shape[0]
+    weights = matrices.unbind(0)
+    scales = vectors.unflatten(-1, (heads, -1)).unbind(0)
+
+    def step(carry: tuple[Tensor, ...], now: Tensor, *flags: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        (kept,) = carry  # (B, S, H, d)
+        before = kept
+        if cut or clip:
+            number, flags = flags[0], flags[1:]
+            before = _Gate.apply(before, number, clip, cut) if before.requires_grad else before
+        if flags:
+            before = torch.where(flags[0][:, None, None, None], 0, before)
+        output, new = cell.step(now.unbind(1), weights, scales, before.unbind(1))
+        if len(cell.states) == 1:
+            after = new[0][:, None]
+        else:
+            after = torch.stack(new, 1)
+        if flags:
+            real = flags[1][:, None, None]
+            return (torch.where(real[..., None], after, kept),), torch.where(real, output, 0)
+        return (after,), output
+
+    flags = () if segments is None else (segments.starts, segments.valid)
+    if cut or clip:
+        flags = (torch.arange(inputs.shape[1], device=inputs.device).expand(batch, -1), *flags)
+    (last,), y = over_time(step, (state.unflatten(-1, (heads, -1)),), (inputs.unflatten(-1, (heads, -1)), *flags))
+    return y.flatten(-2), last.flatten(-2)
+
+
+class _Gate(torch.autograd.Function):
+    """Nothing forward; backward the gradient of a step's states is clipped, and cut at every `cut`-th token."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, number: Tensor, clip: float, cut: int) -> Tensor:
+        ctx.clip, ctx.stop = clip, bool(cut) and int(number[0]) % cut == 0
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx: Any, flow: Tensor) -> Any:  # type: ignore[override]
+        if ctx.stop:
+            return torch.zeros_like(flow), None, None, None
+        return (flow.clamp(-ctx.clip, ctx.clip) if ctx.clip else flow), None, None, None

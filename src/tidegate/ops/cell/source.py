@@ -1,0 +1,423 @@
+"""A cell's program as Python source: a step in PyTorch, and kernels over all of time.
+
+The text is meant to be read (`tidegate show lstm --source`): one function of a few lines per pass, and around them the
+loops over time, in which only the calls and the places of their operands differ from cell to cell.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterable, Mapping
+
+from sympy import Expr, Symbol
+
+from tidegate.ops.cell import derivatives
+from tidegate.ops.cell.derivatives import Pass, gradient
+from tidegate.ops.cell.equations import FUNCTIONS, Let, Mean, Product, Program
+
+_RESERVED = {*FUNCTIONS, "where_negative", "torch", "state", "inputs", "matrices", "vectors", "new"}
+
+
+# -- expressions ---------------------------------------------------------------------------------------------------------
+def identifier(symbol: Symbol | str) -> str:
+    """A Python name for a symbol: h' is h_new, U @ h is U_h, the gradient of i is d_i."""
+    name = re.sub(r"\W", "_", str(symbol).replace("'", "_new").replace("@", "_of_"))
+    return name + "_" if keyword.iskeyword(name) or name in _RESERVED else name
+
+
+def emit(expression: Expr) -> str:
+    """An expression as Python, of + - * / and calls alone."""
+    if isinstance(expression, Symbol):
+        return identifier(expression)
+    if expression.is_Number:
+        value = float(expression)
+        return f"{value!r}" if value >= 0 else f"({value!r})"
+    if expression.is_Add:
+        text = ""
+        for term in sorted(expression.args, key=lambda term: (term.is_Number is not True, _negative(term), str(term))):
+            if not text:
+                text = emit(term)
+            else:
+                text += f" - {_factor(-term)}" if _negative(term) else f" + {_factor(term)}"
+        return text
+    if expression.is_Mul:
+        over = [factor for factor in expression.args if factor.is_Pow and factor.exp.is_negative]
+        above = [factor for factor in expression.args if factor not in over]
+        minus = bool(above) and above[0] == -1
+        text = " * ".join(map(_factor, above[1:] if minus else above)) or "1.0"
+        for factor in over:
+            text += f" / {_factor(1 / factor)}"
+        return f"-{text}" if minus else text
+    if expression.is_Pow:
+        base, power = expression.args
+        if int(power) < 0:
+            return f"1.0 / {_factor(1 / expression)}"
+        return " * ".join([_factor(base)] * int(power))
+    return f"{type(expression).__name__}({', '.join(map(emit, expression.args))})"
+
+
+def _negative(term: Expr) -> bool:
+    return bool(term.is_Mul and term.args[0].is_Number and term.args[0] < 0)
+
+
+def _factor(expression: Expr) -> str:
+    text = emit(expression)
+    simple = isinstance(expression, Symbol) or expression.is_Function or (expression.is_Number and expression >= 0)
+    return text if simple else f"({text})"
+
+
+def _assignments(lets: Iterable[tuple[Symbol, Expr]], indent: str = "    ") -> str:
+    return "".join(f"{indent}{identifier(symbol)} = {emit(expression)}\n" for symbol, expression in lets)
+
+
+# -- PyTorch -------------------------------------------------------------------------------------------------------------
+def torch_step(program: Program) -> str:
+    """One token: `(output, new states) = step(inputs, matrices, vectors, states)`, tuples of (B, H, d) and (H, d, d)."""
+
+    def unpack(names: Iterable[str], what: str) -> str:
+        listed = [identifier(name) for name in names]
+        return f"    {', '.join(listed)}, = {what}\n" if listed else ""
+
+    lines = "def step(inputs, matrices, vectors, states):\n"
+    lines += unpack(program.inputs, "inputs") + unpack(program.matrices, "matrices")
+    lines += unpack(program.vectors, "vectors") + unpack(program.states, "states")
+    for step in program.steps:
+        name = identifier(step.symbol)
+        if isinstance(step, Let):
+            lines += f"    {name} = {emit(step.expression)}\n"
+        elif isinstance(step, Product):
+            lines += f"    {name} = product({identifier(step.matrix)}, {identifier(step.operand)})\n"
+        else:
+            lines += f"    {name} = mean({', '.join(identifier(symbol) for symbol in step.operands)})\n"
+    new = ", ".join(identifier(symbol) for symbol in program.new)
+    return lines + f"    return {identifier(program.output)}, ({new},)\n"
+
+
+# -- kernels -------------------------------------------------------------------------------------------------------------
+_HEAD = '''"""Kernels of a cell, written by tidegate.ops.cell from these equations:
+
+{equations}
+"""
+
+from tidegate.ops.cell.loops import add, add_mean, load_states, multiply, multiply_add, pad, store_states
+from tidegate.ops.cell.loops import clear, clear_starts, finish_step, store_gradients
+from tidegate.ops.kernels import jit_views
+from tidegate.ops.passes import elementwise, exp, log, sigmoid, softplus, sqrt, tanh, where_negative
+
+
+'''
+
+_FORWARD = """@jit_views
+def forward(begin, end, scratch, R, B, T, H, d, x, v, state, codes, {weights}y, last, old, p, e, mu):
+    D, w, masked = H * d, pad(d), codes.shape[0] > 0
+    for problem in range(begin, end):
+        head, b = problem % H, problem // H * R
+        rows = min(R, B - b)
+        load_states({S}, rows, R, d, w, D, state, b * {S} * D + head * d, {S} * D, scratch)
+        for t in range(T):
+            if masked:
+                clear_starts({S}, rows, R, w, codes, b * T + t, T, scratch)
+            at_x, row_x = (b * T + t) * {G} * D + head * d, T * {G} * D
+            at_p, row_p = ((b * T + t) * H + head) * {M} * d, T * H * {M} * d
+            at_s, row_s = (b * T + t) * {S} * D + head * d, T * {S} * D
+            at_e, row_e = (b * T + t) * {E} * D + head * d, T * {E} * D
+            at_y, row_y = (b * T + t) * D + head * d, T * D
+            at_m = (t * H + head) * {Q} * B + b
+            store_states({S}, rows, R, d, w, D, scratch, old, at_s, row_s)
+{steps}        store_states({S}, rows, R, d, w, D, scratch, last, b * {S} * D + head * d, {S} * D)
+
+
+"""
+
+_BACKWARD = """@jit_views
+def backward(
+    begin, end, scratch, R, B, T, H, d, clip, cut, x, v, codes, {weights}old, p, e, mu, dy, dlast, dx, dp, dv, dstate
+):
+    D, w, masked = H * d, pad(d), codes.shape[0] > 0
+    flow, before = 0, {S} * R * w
+    de, dmu, sums = 2 * {S} * R * w, (2 * {S} + {E}) * R * w, (2 * {S} + {E}) * R * w + ({Q} + 1) * R
+    for problem in range(begin, end):
+        head, b = problem % H, problem // H * R
+        rows = min(R, B - b)
+        load_states({S}, rows, R, d, w, D, dlast, b * {S} * D + head * d, {S} * D, scratch)
+        clear(scratch, sums, {V} * w)
+        for t in range(T - 1, -1, -1):
+            at_x, row_x = (b * T + t) * {G} * D + head * d, T * {G} * D
+            at_p, row_p = ((b * T + t) * H + head) * {M} * d, T * H * {M} * d
+            at_s, row_s = (b * T + t) * {S} * D + head * d, T * {S} * D
+            at_e, row_e = (b * T + t) * {E} * D + head * d, T * {E} * D
+            at_y, row_y = (b * T + t) * D + head * d, T * D
+            at_m = (t * H + head) * {Q} * B + b
+{steps}            finish_step({S}, rows, R, w, codes, b * T + t, T, cut > 0 and t % cut == 0, clip, scratch)
+        store_states({S}, rows, R, d, w, D, scratch, dstate, b * {S} * D + head * d, {S} * D)
+        store_gradients({V}, d, w, scratch, sums, dv, problem * {V} * d)
+
+
+"""
+
+_ROWS = """            r = 0
+            while r < rows:
+                n = 1 if masked else rows
+                if not masked or codes[(b + r) * T + t] != 2:
+{calls}                r += n
+"""
+
+
+class Kernels:
+    """The source of `forward` and `backward` for a program; the arrays they work on are described in numba_cpu.py."""
+
+    def __init__(self, program: Program, equations: str) -> None:
+        self.program, self.equations = program, equations
+        self.groups = derivatives.products(program)
+        self.matrices = [product for group in self.groups for product in group]  # in the order of memory
+        self.kept, self.means = derivatives.kept(program), derivatives.means(program)
+        self.sizes = {
+            "S": len(program.states),
+            "G": len(program.inputs),
+            "M": len(self.matrices),
+            "E": len(self.kept),
+            "Q": len(self.means),
+            "V": len(program.vectors),
+        }
+        self.places = self._places()
+        self.written: set[Symbol] = set()  # gradients that hold something already, within a step
+        self.passes: list[str] = []
+
+    @property
+    def same(self) -> dict[str, str]:
+        """Inputs and vectors whose gradient is, for every token, that of a product: they need none of their own."""
+        results = [dict(derivatives.backward(self.program, k).results) for k in range(self.program.levels)]
+
+        def flows(name: Symbol) -> list[tuple[int, Expr]]:
+            return [(k, found[gradient(name)]) for k, found in enumerate(results) if gradient(name) in found]
+
+        averaged = {symbol for mean in self.means for symbol in mean.operands}
+        of_products = {
+            str(flows(p.symbol)): p.matrix for p in reversed(self.matrices) if p.symbol not in averaged
+        }
+        names = [*self.program.inputs, *self.program.vectors]
+        return {name: of_products[key] for name in names if (key := str(flows(Symbol(name)))) in of_products}
+
+    def source(self) -> str:
+        forward = "".join(self._forward_level(level) for level in range(self.program.levels))
+        backward = "".join(self._backward_level(level) for level in reversed(range(self.program.levels)))
+        # What a step's passes add to before anything was stored there begins at zero.
+        weights = "".join(f"u{g}, " for g in range(len(self.groups)))
+        indented = "\n".join("    " + line.strip() for line in self.equations.strip().splitlines())
+        text = _HEAD.format(equations=indented) + "".join(self.passes)
+        text += _FORWARD.format(weights=weights, steps=forward, **self.sizes)
+        return text + _BACKWARD.format(weights=weights, steps=backward, **self.sizes)
+
+    # -- where things are ----------------------------------------------------------------------------------------------
+    def _places(self) -> dict[Symbol, str]:
+        """The operand of each quantity in memory: (array, index of row r, distance of rows)."""
+        program, places = self.program, {}
+        for g, name in enumerate(program.inputs):
+            places[Symbol(name)] = f"(x, at_x + {g} * D + r * row_x, row_x)"
+            places[gradient(Symbol(name))] = f"(dx, at_x + {g} * D + r * row_x, row_x)"
+        for m, product in enumerate(self.matrices):
+            places[product.symbol] = f"(p, at_p + {m} * d + r * row_p, row_p)"
+            places[gradient(product.symbol)] = f"(dp, at_p + {m} * d + r * row_p, row_p)"
+        for s, name in enumerate(program.states):
+            places[program.old(name)] = f"(old, at_s + {s} * D + r * row_s, row_s)"
+            places[gradient(program.old(name))] = f"(scratch, before + ({s} * R + r) * w, w)"
+        for i, name in enumerate(program.vectors):
+            places[Symbol(name)] = f"(v, {i} * D + head * d, 0)"
+            places[gradient(Symbol(name))] = f"(scratch, sums + {i} * w, 0)"
+        for k, symbol in enumerate(self.kept):
+            places[symbol] = f"(e, at_e + {k} * D + r * row_e, row_e)"
+            places[gradient(symbol)] = f"(scratch, de + ({k} * R + r) * w, w)"
+        for q, mean in enumerate(self.means):
+            places[mean.symbol] = f"(mu, at_m + {q} * B + r)"
+        return places
+
+    def _function(self, name: str, done: Pass, loads: Mapping[Symbol, str], extra: Mapping[str, str] = {}) -> str:  # noqa: B006
+        """Write a pass as a function; gives its call's inputs as text."""
+        arguments = [*(identifier(symbol) for symbol in loads), *extra]
+        body = f"def _{name}({', '.join(arguments)}):\n" + _assignments(done.lets)
+        results = ", ".join(emit(expression) for _, expression in done.results)
+        self.passes.append(body + f"    return {results}\n\n\n")
+        return ", ".join([*loads.values(), *extra.values()]) + ","
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+    def _forward_level(self, level: int) -> str:
+        program, text = self.program, ""
+        for q, mean in enumerate(self.means):
+            if mean.level == level:
+                loads = {symbol: self.places[symbol] for symbol in dict.fromkeys(mean.operands)}
+                share = " + ".join(identifier(symbol) for symbol in mean.operands)
+                self.passes.append(
+                    f"def _mean_{q}({', '.join(map(identifier, loads))}, share):\n    return ({share}) * share\n\n\n"
+                    f"mean_{q} = elementwise(_mean_{q}, total=True)\n\n\n"
+                )
+                operands = ", ".join(place.replace(" + r * row", " + 0 * row") for place in loads.values())
+                text += f"            mean_{q}(rows, d, ((mu, at_m + {q} * B),), ({operands}, 1.0 / ({len(mean.operands)} * d)))\n"
+        first = 0
+        for g, group in enumerate(self.groups):
+            if group[0].level == level:
+                if group[0].operand in self.kept:
+                    k = self.kept.index(group[0].operand)
+                    operand = f"e, at_e + {k} * D, row_e"
+                else:
+                    operand = f"scratch, {self._state(group[0].operand)} * R * w, w"
+                text += f"            multiply(rows, {len(group)} * d, p, at_p + {first} * d, row_p, {operand}, u{g}, head, d)\n"
+            first += len(group)
+        done = derivatives.forward(program, level)
+        if not done.results:
+            return text
+        loads = {symbol: self.places[symbol] for symbol in sorted(derivatives.loads(done), key=str)}
+        results, targets = [], []
+        for symbol, expression in done.results:
+            for target in self._targets(symbol):
+                results.append((symbol, expression))
+                targets.append(target)
+        inputs = self._function(f"forward_{level}", Pass(done.lets, tuple(results)), loads)
+        self.passes.append(f"forward_{level} = elementwise(_forward_{level})\n\n\n")
+        call = f"                    forward_{level}(n, d, ({', '.join(targets)},), ({inputs}))\n"
+        return text + _ROWS.format(calls=call)
+
+    def _targets(self, symbol: Symbol) -> list[str]:
+        """Where a root is stored: new states in the scratch, which has been saved."""
+        targets = [
+            f"(scratch, ({s} * R + r) * w, w)" for s, new in enumerate(self.program.new) if new == symbol
+        ]
+        if symbol == self.program.output:
+            targets.append("(y, at_y + r * row_y, row_y)")
+        if symbol in self.kept:
+            targets.append(self.places[symbol])
+        return targets
+
+    def _state(self, symbol: Symbol) -> int:
+        return self.program.states.index(str(symbol))
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+    def _backward_level(self, level: int) -> str:
+        program, text = self.program, ""
+        if level == program.levels - 1:
+            self.written = set()
+            for q in range(len(self.means)):
+                text += f"            clear(scratch, dmu + {q} * R, R)\n"
+            # Old states that nothing flows to, and kept quantities that only means take, begin at zero.
+            text += self._unwritten()
+        done = derivatives.backward(program, level)
+        text += self._backward_pass(level, done)
+        for q, mean in enumerate(self.means):
+            if mean.level == level:
+                for operand in mean.operands:
+                    place = self.places[gradient(operand)].replace(" + r * row", " + 0 * row").replace(" + r)", " + 0)")
+                    share = f"1.0 / ({len(mean.operands)} * d)"
+                    text += f"            add_mean(rows, d, ({place},), ({place}, (scratch, dmu + {q} * R), {share}))\n"
+        first = len(self.matrices)
+        for g, group in reversed([*enumerate(self.groups)]):
+            first -= len(group)
+            if group[0].level != level:
+                continue
+            target = gradient(group[0].operand)
+            base = (
+                f"de + {self.kept.index(group[0].operand)} * R * w"
+                if group[0].operand in self.kept
+                else f"before + {self._state(group[0].operand)} * R * w"
+            )
+            function = "multiply_add" if target in self.written else "multiply"
+            self.written.add(target)
+            text += (
+                f"            {function}(rows, d, scratch, {base}, w, dp, at_p + {first} * d, row_p, "
+                f"u{g}, head, {len(group)} * d)\n"
+            )
+        return text
+
+    def _unwritten(self) -> str:
+        """Clear the gradients that a step's passes may leave alone, or that a mean adds to first."""
+        text = ""
+        flowing = {target for k in range(self.program.levels) for target, _ in derivatives.backward(self.program, k).results}
+        flowing |= {gradient(group[0].operand) for group in self.groups}
+        averaged = {gradient(symbol) for mean in self.means for symbol in mean.operands}
+        for s, name in enumerate(self.program.states):
+            target = gradient(self.program.old(name))
+            if target not in flowing or target in averaged:
+                text += f"            clear(scratch, before + {s} * R * w, R * w)\n"
+                self.written.add(target)
+        for k, symbol in enumerate(self.kept):
+            if gradient(symbol) in averaged:
+                text += f"            clear(scratch, de + {k} * R * w, R * w)\n"
+                self.written.add(gradient(symbol))
+        for m, product in enumerate(self.matrices):
+            if gradient(product.symbol) in averaged:
+                text += f"            for r in range(rows):\n                clear(dp, at_p + {m} * d + r * row_p, d)\n"
+                self.written.add(gradient(product.symbol))
+        return text
+
+    def _backward_pass(self, level: int, done: Pass) -> str:
+        here = derivatives.roots(self.program, level)
+        loads: dict[Symbol, str] = {}
+        extra: dict[str, str] = {}
+        seeds: list[tuple[Symbol, list[str]]] = []
+        for symbol in here:
+            names: list[str] = []
+            for s, new in enumerate(self.program.new):
+                if new == symbol:
+                    names.append(f"{identifier(gradient(symbol))}_state{s}")
+                    extra[names[-1]] = f"(scratch, flow + ({s} * R + r) * w, w)"
+            if symbol == self.program.output:
+                names.append(f"{identifier(gradient(symbol))}_output")
+                extra[names[-1]] = "(dy, at_y + r * row_y, row_y)"
+            if symbol in self.kept:
+                names.append(f"{identifier(gradient(symbol))}_kept")
+                extra[names[-1]] = self.places[gradient(symbol)]
+            seeds.append((gradient(symbol), names))
+        read = derivatives.loads(done) - {seed for seed, _ in seeds}
+        loads = {symbol: self.places[symbol] for symbol in sorted(read, key=str)}
+        lines = "".join(f"    {identifier(seed)} = {' + '.join(names)}\n" for seed, names in seeds)
+
+        same = self.same
+        targets, results, totals = [], [], []
+        for target, expression in done.results:
+            if any(gradient(Symbol(name)) == target for name in same):
+                continue  # its product's gradient serves
+            if target in {gradient(mean.symbol) for mean in self.means}:
+                totals.append((target, expression))
+                continue
+            vector = target in {gradient(Symbol(name)) for name in self.program.vectors}
+            text = emit(expression)
+            if vector or target in self.written:
+                name = f"{identifier(target)}_before"
+                extra[name] = self.places[target]
+                text = f"{name} + ({text})" if not isinstance(expression, Symbol) else f"{name} + {text}"
+            self.written.add(target)
+            targets.append(self.places[target])
+            results.append(text)
+        calls = ""
+        if results:
+            arguments = ", ".join([*map(identifier, loads), *extra])
+            self.passes.append(
+                f"def _backward_{level}({arguments}):\n{lines}{_assignments(_needed(done, results))}"
+                f"    return {', '.join(results)}\n\n\nbackward_{level} = elementwise(_backward_{level})\n\n\n"
+            )
+            inputs = ", ".join([*loads.values(), *extra.values()]) + ","
+            calls = f"                    backward_{level}(n, d, ({', '.join(targets)},), ({inputs}))\n"
+        seeding = {name: place for name, place in extra.items() if not name.endswith("_before")}
+        first = ""
+        for target, expression in totals:
+            q = [gradient(mean.symbol) for mean in self.means].index(target)
+            name = f"backward_{level}_mean_{q}"
+            arguments = ", ".join([*map(identifier, loads), *seeding])
+            self.passes.append(
+                f"def _{name}({arguments}):\n{lines}{_assignments(done.lets)}    return {emit(expression)}\n\n\n"
+                f"{name} = elementwise(_{name}, total=True)\n\n\n"
+            )
+            inputs = ", ".join([*loads.values(), *seeding.values()]) + ","
+            first += f"                    {name}(n, d, ((scratch, dmu + {len(self.means)} * R + r),), ({inputs}))\n"
+            first += f"                    add(scratch, dmu + {q} * R + r, dmu + {len(self.means)} * R + r, n)\n"
+        return _ROWS.format(calls=first + calls) if first + calls else ""
+
+
+def _needed(done: Pass, results: list[str]) -> list[tuple[Symbol, Expr]]:
+    """The assignments that the results use."""
+    wanted = set(re.findall(r"\w+", " ".join(results)))
+    lines = []
+    for symbol, expression in reversed(done.lets):
+        if identifier(symbol) in wanted:
+            lines.append((symbol, expression))
+            wanted |= {identifier(s) for s in expression.free_symbols}
+    return lines[::-1]
