@@ -90,6 +90,15 @@ def diagonal_ssm(segments):
     return lambda: ops.diagonal_ssm(u, decay / (1 + decay.abs()), weight, state=state, segments=segments), inputs
 
 
+def dense_ssm(segments):
+    u, state, c = leaf(B, T, 37), leaf(B, 37, K), leaf(37, 2, K)
+    a, b = leaf(37, K, K), leaf(37, K)
+    inputs = (u, a, b, c, state)
+    return lambda: ops.dense_ssm(
+        u, a / torch.linalg.matrix_norm(a)[:, None, None], b, c, state=state, segments=segments
+    ), inputs
+
+
 def sru(segments):
     x, projected, bias, weight, state = leaf(B, T, K), leaf(B, T, 3 * K), leaf(2, K), leaf(2, K), leaf(B, K)
     inputs = (x, projected, bias, weight, state)
@@ -125,6 +134,7 @@ OPS: dict[str, Callable] = {
     "dplr": dplr,
     "selective scan": selective_scan,
     "diagonal ssm": diagonal_ssm,
+    "dense ssm": dense_ssm,
     "sru": sru,
     "slot scores": slot_scores,
     "additive decay": additive_decay,

@@ -51,7 +51,7 @@ def unit_by_loop(unit, rows, times):
         values.append(v)
         now = len(keys) - 1
         near = range(max(0, now + 1 - (unit.window or now + 1)), now + 1)
-        bias = [unit.offset_bias[0, now - s] if unit.positions == "offset" else 0.0 for s in near]
+        bias = [unit.offset_bias[now - s] if unit.positions == "offset" else 0.0 for s in near]
         weights = worth(unit.kernel, [q @ keys[s] for s in near], unit.window or now + 1, unit.key_dim, bias)
         o = sum(w * values[s] for w, s in zip(weights, near, strict=True))
         outputs.append(unit.o_proj.weight @ (r * o) + unit.o_proj.bias)

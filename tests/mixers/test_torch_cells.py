@@ -19,7 +19,8 @@ def build(name, options=None, **more):
 
 def literal(cell, x):
     """The equations for one document, gate by gate."""
-    W, U, b, d = (p.chunk(cell.gates) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
+    gates = len(cell.cell.inputs)
+    W, U, b, d = (p.chunk(gates) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh))
     h = c = torch.zeros(DIM, dtype=x.dtype)
     outputs = []
     for t in range(len(x)):
@@ -27,7 +28,7 @@ def literal(cell, x):
         def gate(k, h, t=t):
             return W[k] @ x[t] + b[k] + U[k] @ h + d[k]
 
-        if cell.gates == 4:
+        if gates == 4:
             i, f, g, o = (gate(k, h) for k in range(4))
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(c)
@@ -117,14 +118,14 @@ def test_biases_at_initialisation(name):
     dim = 400
     cell = mixers.build(name, dim, forget_bias=2.5)
     with torch.no_grad():
-        total = (cell.bias_ih + cell.bias_hh).chunk(cell.gates)
+        total = (cell.bias_ih + cell.bias_hh).chunk(len(cell.cell.inputs))
         assert (total[1] == 2.5).all()  # exactly, although PyTorch adds two biases
-        others = torch.cat([cell.weight_ih.flatten(), cell.weight_hh.flatten(), cell.bias_ih.chunk(cell.gates)[2]])
+        others = torch.cat([cell.weight_ih.flatten(), cell.weight_hh.flatten(), cell.bias_ih.chunk(len(cell.cell.inputs))[2]])
         assert others.abs().max() <= dim**-0.5
         assert abs(float(others.std()) * (3 * dim) ** 0.5 - 1) < 0.02
 
         cell = mixers.build(name, dim, chrono_length=100)
-        total = (cell.bias_ih + cell.bias_hh).chunk(cell.gates)
+        total = (cell.bias_ih + cell.bias_hh).chunk(len(cell.cell.inputs))
         lags = torch.exp(total[1])
         assert lags.min() >= 1 - 1e-4
         assert lags.max() <= 99 + 1e-2

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tidegate import Segments, State, registry
+from tidegate.infer import compile_step
 from tidegate.models.sequence import SequenceModel
 from tidegate.tasks.recall import PairModel
 
@@ -128,6 +129,20 @@ def test_the_model_compiles_and_tells_its_state(pool):
         assert {name: (2, *shape) for name, shape in spec["pool"].items()} == {
             name: tuple(leaf.shape) for name, leaf in state["pool"].items()
         }
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_compiled_step_is_a_step(ends, pool):
+    model = model_of(("gla",), dtype=torch.float32, pool=pool, **ends).eval()
+    step, state, ours = compile_step(model), model.init_state(1), model.init_state(1)
+    with torch.no_grad():
+        for _ in range(3):
+            x = inputs_of(model, 1, 1)
+            x = x if model.features is None else x.float()
+            wanted, state = model(x, state)
+            seen, ours = step(x, ours)
+            torch.testing.assert_close(seen, wanted)
 
 
 def test_half_precision_stays():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tidegate.nn.mixer import Mixer
 from tidegate.nn.parts import ShortConvolution, check_heads, split_heads

@@ -59,7 +59,7 @@ class GatedAttentionUnit(Mixer):
     State: keys (L, 1, Z), values (L, 1, E), L = tokens fed, or window; length, the tokens of the current document.
     """
 
-    no_weight_decay = ("qk_scale", "qk_bias", "offset_bias")
+    no_weight_decay = ("qk_scale", "qk_bias")
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class GatedAttentionUnit(Mixer):
         self.in_proj = nn.Linear(dim, key_dim + 2 * self.width, **factory)
         self.qk_scale = nn.Parameter(torch.empty(2, key_dim, **factory))
         self.qk_bias = nn.Parameter(torch.empty(2, key_dim, **factory))
-        self.offset_bias = nn.Parameter(torch.empty(1, window or 1, **factory)) if positions == "offset" else None
+        self.offset_bias = nn.Parameter(torch.empty(window or 1, **factory)) if positions == "offset" else None
         self.o_proj = nn.Linear(self.width, dim, **factory)
         self.reset_parameters()
 
@@ -145,7 +145,7 @@ class GatedAttentionUnit(Mixer):
             v.unsqueeze(-2),
             window=self.window,
             kernel=self.kernel,
-            bias=self.offset_bias,
+            bias=None if self.offset_bias is None else self.offset_bias[None],
             state=past,
             segments=segments,
         )

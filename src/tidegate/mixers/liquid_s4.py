@@ -1,4 +1,4 @@
-"""Liquid-S4: a state space model whose transition depends on the input, in full or as products of neighbouring inputs."""
+"""Liquid-S4: a state space model whose transition depends on its input, in full or by products of recent inputs."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ CONTRACTIONS = ("none", "tanh", "lecun")
     title="Liquid Structural State-Space Models",
     arxiv="2209.12951",
     tiny=dict(state_dim=8, mode="kb", degree=3),
-    presets={"exact": dict(mode="exact"), "kb": dict(mode="kb"), "listops": dict(state_dim=14, degree=5)},
+    presets={"exact": dict(mode="exact", state_dim=16), "kb": dict(mode="kb"), "listops": dict(state_dim=14, degree=5)},
 )
 class LiquidS4(S4D):
     """Liquid structural state space model (Liquid-S4) on S4D's diagonal parametrisation.
 
-    Equation, per channel, a, b and C as S4D discretises its system, sums over the N states, c_t(p) = x_t ... x_{t-p+1}::
+    Equation, per channel, with a, b, C of the discretised S4D, summed over the states, and c_t(p) = x_t ... x_{t-p+1}::
 
         exact:  h_t = (a + b x_t) * h_{t-1} + b x_t       z_t = Re sum C h_t + skip * x_t
         kb:     z_t = skip * x_t + sum_{p=1..P} sum_s Re(sum C b^p a^s) c_{t-s}(p)
         pb:     z_t = skip * x_t + sum_s Re(sum C b a^s) x_{t-s} + sum_{p=2..P} Re(sum C b^p) c_t(p)
         y = glu(gelu(z) W)
 
-    - "exact" is the definition: written out, it is S4's convolution and terms in products of all subsets of past inputs.
-      |a + b x| may be above 1, which no long run survives: `clamp` brings it down to 1, whatever its direction.
+    - "exact" is the definition. Written out, it is S4's convolution and terms in the products of all subsets of past
+      inputs. |a + b x| may be above 1, which no long run survives: `clamp` brings it down to 1.
     - "kb" and "pb" keep the paper's kernels up to order P = `degree`, for products of consecutive inputs; the paper's
       results are those of "pb". Degree 1 is S4D. The official code is not causal: it takes its products from the end of
       the sequence, or turns them round in time.
@@ -109,7 +109,7 @@ class LiquidS4(S4D):
         return zero_padding(y, segments), State(new)
 
     def _exact(self, x: Tensor, state: State, segments: Segments | None) -> tuple[Tensor, dict[str, Tensor]]:
-        a, b, C = self.discretised()
+        a, b, C = self.discretised(self.step_rescale)
         drive = b * x.to(b.real.dtype)[..., None]  # (B, T, D, N)
         decay = a + drive
         if self.clamp:
@@ -120,7 +120,7 @@ class LiquidS4(S4D):
         return z, {"memory": memory.unflatten(1, tuple(b.shape))}
 
     def _products(self, x: Tensor, state: State, segments: Segments | None) -> tuple[Tensor, dict[str, Tensor]]:
-        a, b, C = self.discretised()
+        a, b, C = self.discretised(self.step_rescale)
         signals, last = [x], []
         for order in range(self.degree - 1):  # c_t(p + 1) = x_t c_{t-1}(p)
             earlier, kept = token_shift(signals[-1], state["products"][:, order], segments)

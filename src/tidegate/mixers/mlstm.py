@@ -77,14 +77,8 @@ class MLSTM(Mixer):
         self.use_output_gate, self.num_layers = use_output_gate, num_layers
         self.key_dim = check_heads(dim, num_heads, expand_k, "expand_k")
         self.value_dim = check_heads(dim, num_heads, expand_v, "expand_v")
-        if input_gate not in ("exp", "sigmoid"):
-            raise ValueError(f"input_gate: seen {input_gate!r}, wanted 'exp' or 'sigmoid'")
-        if input_gate == "exp" and normalise is False:
-            raise ValueError(
-                "normalise: the exponential gate needs its normaliser; leave it out with input_gate='sigmoid'"
-            )
         check_shared_options(norm, gate_cap)
-        self.normalised: bool = input_gate == "exp" if normalise is None else normalise
+        self.normalised = check_input_gate(input_gate, normalise)
         keys, values = num_heads * self.key_dim, num_heads * self.value_dim
         self.widths = (keys, keys, values, values if use_output_gate else 0, 2 * num_heads)  # q, k, v, o~, gates
 
@@ -114,22 +108,12 @@ class MLSTM(Mixer):
         x, state = self.prepare(x, state, segments)
         q, k, v, output, gates = self.in_proj(x).split(self.widths, -1)
         q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
-        log_input, log_decay = log_gates(gates, self.gate_bias, self.gate_cap)
-        if self.input_gate == "sigmoid":
-            log_input = functional.logsigmoid(log_input)
-        scale = self.key_dim**-0.5
-        last: tuple[Tensor, ...]
-        if self.normalised:
-            before = state["memory"], state["normaliser"], state["maximum"]
-            h, last = mlstm(q, k, v, log_input, log_decay, scale=scale, state=before, segments=segments)
-        else:
-            k = log_input.exp().to(k.dtype)[..., None] * k
-            h, memory = linear_attention(q, k, v, log_decay, scale=scale, state=state["memory"], segments=segments)
-            last = (memory,)
+        log_input, log_decay = log_gates(gates, self.gate_bias, self.gate_cap, self.input_gate)
+        h, last = remember(q, k, v, log_input, log_decay, state, segments)
         y = norm_per_head(h, self.norm_weight, self.norm, self.norm_eps)
         if self.use_output_gate:
             y = torch.sigmoid(output) * y
-        return self.o_proj(y), State(dict(zip(state, last, strict=True)))
+        return self.o_proj(y), State(last)
 
 
 # -- shared with the block of the first paper --------------------------------------------------------------------------
@@ -139,20 +123,50 @@ def memory_spec(num_heads: int, key_dim: int, value_dim: int, normalise: bool = 
     return {"memory": (num_heads, key_dim, value_dim), **normaliser}
 
 
-def log_gates(gates: Tensor, bias: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """i~ and log sigmoid(f~) from the two halves of `gates`, (B, T, H) each, at least float32."""
+def log_gates(gates: Tensor, bias: Tensor, cap: float | None, input_gate: str) -> tuple[Tensor, Tensor]:
+    """log i and log sigmoid(f~) from the two halves of `gates`, (B, T, H) each, at least float32."""
     wide = accumulation_dtype(gates.dtype)  # a decay of 0.999 has no room in half precision
     gates = gates.to(wide) + bias.to(wide)
     if cap is not None:
         gates = cap * torch.tanh(gates / cap)
     log_input, forget = gates.chunk(2, -1)
-    return log_input, functional.logsigmoid(forget)
+    return (functional.logsigmoid(log_input) if input_gate == "sigmoid" else log_input), functional.logsigmoid(forget)
+
+
+def remember(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_input: Tensor,
+    log_decay: Tensor,
+    state: State,
+    segments: Segments | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """h (B, T, H, V), q scaled by 1 / sqrt(K), and the entries of `memory_spec`; normalised where `state` has one."""
+    scale = q.shape[-1] ** -0.5
+    if "normaliser" not in state:
+        k = log_input.exp().to(k.dtype)[..., None] * k
+        h, memory = linear_attention(q, k, v, log_decay, scale=scale, state=state["memory"], segments=segments)
+        return h, {"memory": memory}
+    names = ("memory", "normaliser", "maximum")
+    before = tuple(state[name] for name in names)
+    h, last = mlstm(q, k, v, log_input, log_decay, scale=scale, state=before, segments=segments)
+    return h, dict(zip(names, last, strict=True))
 
 
 def norm_per_head(h: Tensor, weight: Tensor, kind: str, eps: float) -> Tensor:
     """(B, T, H, V) -> (B, T, H V), every head brought to unit variance ("layer") or mean square ("rms")."""
     norm = functional.layer_norm if kind == "layer" else functional.rms_norm
     return norm(h, h.shape[-1:], eps=eps).flatten(-2) * weight
+
+
+def check_input_gate(input_gate: str, normalise: bool | None) -> bool:
+    """Whether there is a normaliser. Raises ValueError for another gate, or an exponential one without normaliser."""
+    if input_gate not in ("exp", "sigmoid"):
+        raise ValueError(f"input_gate: seen {input_gate!r}, wanted 'exp' or 'sigmoid'")
+    if input_gate == "exp" and normalise is False:
+        raise ValueError("normalise: the exponential gate needs its normaliser; leave it out with input_gate='sigmoid'")
+    return input_gate == "exp" if normalise is None else normalise
 
 
 def check_shared_options(norm: str, gate_cap: float | None) -> None:

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tidegate.mixers.mlstm import check_shared_options, log_gates, memory_spec, norm_per_head
+from tidegate.mixers.mlstm import (
+    check_input_gate,
+    check_shared_options,
+    log_gates,
+    memory_spec,
+    norm_per_head,
+    remember,
+)
 from tidegate.nn.mixer import Mixer
 from tidegate.nn.parts import ShortConvolution, check_heads, split_heads
-from tidegate.ops import mlstm
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -25,6 +31,7 @@ from tidegate.state import State
     title="xLSTM: Extended Long Short-Term Memory",
     arxiv="2405.04517",
     tiny=dict(num_heads=2, width_multiple=16),
+    presets={"sigmoid": dict(input_gate="sigmoid")},
 )
 class MLSTMPreUp(Mixer):
     """The residual branch of xLSTM's mLSTM block: up-projection, convolution, memory, gate, down-projection.
@@ -38,12 +45,14 @@ class MLSTMPreUp(Mixer):
 
     - The paper's stack has no feed-forward layer between these (`feed_forward="none"` in a LanguageModel).
     - The width inside is expand dim, rounded up to a multiple of `width_multiple`.
+    - `input_gate` and `normalise` are those of `mlstm`; this paper has the exponential gate.
 
     Initialisation (official code): gates zero but for their biases, linspace(`forget_bias`) over the heads and
     N(0, 0.1^2) for the input; skip 1; W_down N(0, (2 / (num_layers sqrt(dim)))^2), the other projections
     N(0, 2 / (5 dim)).
     Source: arXiv 2405.04517. Shapes: x, y (B, T, dim); K = V = width / num_heads.
-    State: convolution (conv_width - 1, width), memory (H, K, V), normaliser (H, K), maximum (H).
+    State: convolution (conv_width - 1, width), memory (H, K, V); with the normaliser also normaliser (H, K) and
+    maximum (H).
     """
 
     no_weight_decay = ("gate_bias", "skip")
@@ -57,6 +66,8 @@ class MLSTMPreUp(Mixer):
         width_multiple: int = 64,
         block_width: int = 4,
         conv_width: int = 4,
+        input_gate: str = "exp",
+        normalise: bool | None = None,
         gate_cap: float | None = None,
         forget_bias: tuple[float, float] = (3.0, 6.0),
         norm: str = "layer",
@@ -73,12 +84,14 @@ class MLSTMPreUp(Mixer):
             gate_cap,
             forget_bias,
         )
+        self.input_gate, self.normalise = input_gate, normalise
         self.norm, self.norm_eps, self.num_layers = norm, norm_eps, num_layers
         self.width = -(-int(expand * dim) // width_multiple) * width_multiple
         self.head_dim = check_heads(self.width, num_heads)
         if self.width < 1 or self.width % block_width:
             raise ValueError(f"block_width: seen {block_width}, wanted a divisor of the width inside, {self.width}")
         check_shared_options(norm, gate_cap)
+        self.normalised = check_input_gate(input_gate, normalise)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.up_proj = nn.Linear(dim, 2 * self.width, bias=False, **factory)
@@ -107,7 +120,7 @@ class MLSTMPreUp(Mixer):
     def state_spec(self) -> dict[str, Any]:
         return {
             "convolution": ((self.conv_width - 1, self.width), "input"),
-            **memory_spec(self.num_heads, self.head_dim, self.head_dim),
+            **memory_spec(self.num_heads, self.head_dim, self.head_dim, self.normalised),
         }
 
     def forward(
@@ -117,12 +130,11 @@ class MLSTMPreUp(Mixer):
         u, z = self.up_proj(x).chunk(2, -1)
         c, tail = self.convolution(u, state["convolution"], segments)
         q, k, v = (block_diagonal(part, w) for part, w in zip((c, c, u), self.qkv_blocks, strict=True))
-        gates = log_gates(self.gates(torch.cat([q, k, v], -1)), self.gate_bias, self.gate_cap)
+        gates = log_gates(self.gates(torch.cat([q, k, v], -1)), self.gate_bias, self.gate_cap, self.input_gate)
         q, k, v = (split_heads(part, self.num_heads) for part in (q, k, v))
-        before = state["memory"], state["normaliser"], state["maximum"]
-        h, last = mlstm(q, k, v, *gates, scale=self.head_dim**-0.5, state=before, segments=segments)
+        h, last = remember(q, k, v, *gates, state, segments)
         h = norm_per_head(h, self.norm_weight, self.norm, self.norm_eps) + self.skip * c
-        return self.down_proj(h * functional.silu(z)), State(dict(zip(state, (tail, *last), strict=True)))
+        return self.down_proj(h * functional.silu(z)), State(convolution=tail, **last)
 
 
 def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.hippo import nplr
-from tidegate.nn.mixer import Mixer, accumulation_dtype
-from tidegate.nn.state_space import RULES, ChannelMap, complex_weight, discretise
+from tidegate.nn.mixer import Mixer
+from tidegate.nn.state_space import ChannelMap, DiagonalSystem
 from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.registry import register
 from tidegate.segments import Segments, zero_padding
 from tidegate.state import State
-
-INITS = ("legs", "lin", "inv", "real", "quad", "rand")
 
 
 @register(
@@ -28,7 +24,7 @@ INITS = ("legs", "lin", "inv", "real", "quad", "rand")
     tiny=dict(state_dim=8),
     presets={name: dict(init=name) for name in ("legs", "inv", "real")},
 )
-class S4D(Mixer):
+class S4D(Mixer, DiagonalSystem):
     """Diagonal state space model (S4D).
 
     Equation, per channel, with N / 2 eigenvalues l, one of each conjugate pair, and then at steps of exp(log_step)::
@@ -54,8 +50,7 @@ class S4D(Mixer):
     State: memory (dim, N / 2), or (dim, N) for "real", complex: h without the factor (exp(step l) - 1) / l * B.
     """
 
-    input_weight: Tensor
-    no_weight_decay = ("log_real", "imag", "input_weight", "log_step")
+    no_weight_decay = DiagonalSystem.no_weight_decay
 
     def __init__(
         self,
@@ -74,36 +69,13 @@ class S4D(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.dim, self.state_dim, self.init, self.rule, self.output = dim, state_dim, init, rule, output
-        self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
-        self.step_per_state, self.num_systems, self.freeze_input = step_per_state, num_systems, freeze_input
-        if init not in INITS:
-            raise ValueError(f"init: seen {init!r}, wanted one of {', '.join(INITS)}")
-        if state_dim < 1 or (init != "real" and state_dim % 2):
-            raise ValueError(f"state_dim: seen {state_dim}, wanted an even number, for conjugate pairs")
-        if rule not in RULES:
-            raise ValueError(f"rule: seen {rule!r}, wanted one of {', '.join(RULES)}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"dt_min, dt_max: seen {dt_min} and {dt_max}, wanted 0 < dt_min <= dt_max")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        steps: dict[str, Any] = {"rule": rule, "dt_min": dt_min, "dt_max": dt_max, "step_per_state": step_per_state}
+        shared: dict[str, Any] = {"num_systems": num_systems, "freeze_input": freeze_input}
+        DiagonalSystem.__init__(self, dim, state_dim=state_dim, init=init, **steps, **shared, **factory)
+        self.step_rescale, self.output = step_rescale, output
         if not step_rescale > 0:
             raise ValueError(f"step_rescale: seen {step_rescale}, wanted more than 0")
-        systems = dim if num_systems is None else num_systems
-        if systems < 1 or dim % systems:
-            raise ValueError(f"num_systems: seen {num_systems}, wanted a divisor of dim = {dim}")
-        parts = 1 if init == "real" else 2
-        states = state_dim // parts
-
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.log_real = nn.Parameter(torch.empty(systems, states, **factory))
-        self.imag = None if init == "real" else nn.Parameter(torch.empty(systems, states, **factory))
-        input_weight = torch.empty(systems, states, parts, **factory)
-        if freeze_input:
-            self.register_buffer("input_weight", input_weight)
-        else:
-            self.input_weight = nn.Parameter(input_weight)
-        self.output_weight = nn.Parameter(torch.empty(dim, states, parts, **factory))
-        self.log_step = nn.Parameter(torch.empty(*((dim, states) if step_per_state else (dim,)), **factory))
         self.skip = nn.Parameter(torch.empty(dim, **factory))
         self.output_map = ChannelMap(dim, output, **factory)
         self.reset_parameters()
@@ -111,44 +83,21 @@ class S4D(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """See the class docstring."""
-        N, n = self.state_dim, torch.arange(self.log_real.shape[1], dtype=torch.float64)
-        nn.init.constant_(self.log_real, math.log(0.5))
-        B = torch.ones(len(n), dtype=torch.complex128)
-        if self.imag is None:
-            self.log_real.copy_(torch.log(n + 1).expand_as(self.log_real))
-        elif self.init == "legs":
-            eigenvalues, _, B, _ = nplr("legs", N)
-            B = B[: len(n)]
-            B.imag.clamp_(-2, 2)  # as in the official code
-            self.imag.copy_(eigenvalues.imag[: len(n)].expand_as(self.imag))
-        else:
-            rules = {"lin": math.pi * n, "inv": N / math.pi * (N / (2 * n + 1) - 1), "quad": (1 + 2 * n) ** 2 / math.pi}
-            random = self.init == "rand"
-            self.imag.copy_(torch.randn(self.imag.shape).exp() if random else rules[self.init].expand_as(self.imag))
-        self.input_weight.copy_(torch.view_as_real(B)[:, : self.input_weight.shape[-1]].expand_as(self.input_weight))
-        nn.init.normal_(self.output_weight, std=self.output_weight.shape[-1] ** -0.5)
-        nn.init.uniform_(self.log_step, math.log(self.dt_min), math.log(self.dt_max))
+        DiagonalSystem.reset_parameters(self)
         nn.init.normal_(self.skip)
         self.output_map.reset_parameters()
 
     def state_spec(self) -> dict[str, Any]:
         return {"memory": ((self.dim, self.log_real.shape[1]), "complex")}
 
-    def discretised(self) -> tuple[Tensor, Tensor, Tensor]:
-        """decay, B and C (dim, states), complex, of h_t = decay * h_{t-1} + B x_t and z_t = Re sum C * h_t."""
-        wide = accumulation_dtype(self.log_real.dtype)
-        real = -torch.exp(self.log_real.to(wide))
-        imag = torch.zeros_like(real) if self.imag is None else self.imag.to(wide)
-        copies = self.dim // real.shape[0]
-        step = self.step_rescale * torch.exp(self.log_step.to(wide)).view(self.dim, -1)
-        decay, scale = discretise(real.repeat(copies, 1), imag.repeat(copies, 1), step, self.rule)
-        B, C = complex_weight(self.input_weight.to(wide)), complex_weight(self.output_weight.to(wide))
-        return decay, scale * B.repeat(copies, 1), self.output_weight.shape[-1] * C
-
     def system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """decay, weight (dim, states) and skip (dim): h_t = decay * h_{t-1} + x_t, z_t = Re sum weight * h_t + skip * x_t."""
-        decay, B, C = self.discretised()
-        weight, skip = B * C, self.skip
+        """decay, weight (dim, states), complex, and skip (dim) of the recurrence in its cheapest form.
+
+        h_t = decay * h_{t-1} + x_t,  z_t = Re sum weight * h_t + skip * x_t
+        """
+        decay, B, C = self.discretised(self.step_rescale)
+        weight = B * C
+        skip: Tensor = self.skip
         if self.rule == "trapezoid":  # half of what is new; see nn/state_space.py
             skip = skip - weight.real.sum(-1).to(skip.dtype) / 2
         return decay, weight, skip

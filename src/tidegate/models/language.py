@@ -30,8 +30,8 @@ class LanguageModel(Stack):
     layers or as a list with one entry per layer. `dropout` acts on the embedding and on every residual branch.
     Embedding weights start normal with deviation 0.02; every part of a layer initialises itself.
 
-    Raises ValueError for bad sizes, for mixers or options that do not exist (naming the closest), and for mixers that see
-    later tokens or need all of them at once.
+    Raises ValueError for bad sizes, for mixers or options that do not exist (naming the closest), and for mixers that
+    see later tokens or need all of them at once.
 
     >>> model = LanguageModel(vocab_size=256, dim=32, layers="2*lstm")
     >>> logits, state = model(torch.randint(256, (1, 5)))

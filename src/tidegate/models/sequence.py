@@ -118,7 +118,6 @@ class SequenceModel(Stack):
 
     def _pooled(self, x: Tensor, before: State, segments: Segments | None) -> tuple[Tensor, State]:
         """(B, dim) of the last document in each row, and what its next piece needs."""
-        time = x.shape[1]
         if segments is None:
             mine = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             goes_on = mine[:, :1]
@@ -129,9 +128,10 @@ class SequenceModel(Stack):
             kept = torch.where(mine[..., None], x, 0).to(before["sum"].dtype)
             after = State(sum=before["sum"] + kept.sum(1), count=before["count"] + mine.sum(1, keepdim=True))
             return (after["sum"] / after["count"].clamp(min=1)).to(x.dtype), after
-        last = torch.where(mine, torch.arange(time, device=x.device), -1).amax(1)
-        seen = x.gather(1, last.clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
-        pooled = torch.where(last[:, None] < 0, before["last"].to(x.dtype), seen)
+        order = torch.arange(1, x.shape[1] + 1, device=x.device)
+        last = torch.where(mine, order, 0).amax(1, keepdim=True)  # 0: there is none in this piece
+        seen = torch.where((order == last)[..., None], x, 0).sum(1)
+        pooled = torch.where(last == 0, before["last"].to(x.dtype), seen)
         return pooled, State(last=pooled.to(before["last"].dtype))
 
     def _check_features(self, inputs: Tensor, segments: Segments | None) -> Tensor:

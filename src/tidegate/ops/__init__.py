@@ -4,6 +4,7 @@ from tidegate.ops.additive_decay import additive_decay
 from tidegate.ops.attention import attention
 from tidegate.ops.convolution import short_convolution
 from tidegate.ops.delta import delta_rule, dplr
+from tidegate.ops.dense_ssm import dense_ssm
 from tidegate.ops.diagonal_ssm import diagonal_ssm
 from tidegate.ops.gated_norm import gated_norm
 from tidegate.ops.linear_attention import linear_attention
@@ -18,6 +19,7 @@ __all__ = [
     "additive_decay",
     "attention",
     "delta_rule",
+    "dense_ssm",
     "diagonal_ssm",
     "dplr",
     "gated_norm",

@@ -31,10 +31,9 @@ def append(
             return tuple(new), length + time
         new_length = length + time
         # Cutting only saves work, and a traced length is no number to compare with.
-        cut = window is not None and not torch.compiler.is_compiling() and time > window
-        last = slice(time - (window or 0), time) if cut else slice(0, time)
-        new = [x[:, last] for x in new]
-        slot = length[:, None] + torch.arange(time, device=first.device)[None, last]
+        begin = 0 if window is None or torch.compiler.is_compiling() else max(0, time - window)
+        new = [x[:, begin:] for x in new]
+        slot = length[:, None] + torch.arange(begin, time, device=first.device)
     else:
         in_last = segments.in_last_document()
         kept = segments.documents[:, -1] == 0

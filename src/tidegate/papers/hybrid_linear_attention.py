@@ -12,6 +12,7 @@ from torch import Tensor
 from tidegate.models.language import LanguageModel
 from tidegate.papers.experiment import Check, Experiment, Measured, Paper, Situation, thin
 from tidegate.tasks.fit import fit
+from tidegate.tasks.language.topics import all_windows, random_windows, topics
 from tidegate.tasks.recall import PairModel, one_token_pairs, score
 
 if TYPE_CHECKING:
@@ -90,15 +91,14 @@ def text(seed: int, situation: Situation) -> Measured:
 def _text_of(system: str, seed: int, situation: Situation) -> tuple[dict[str, float], list[float]]:
     steps, batch, length = (2, 2, 32) if situation.smoke else (300, 16, 128)
     learnt, held_out = topics()
-    fresh = _windows(held_out, torch.arange(0, len(held_out) - length - 1, length), length)
-    batches = list(zip(*(part.split(64) for part in fresh), strict=True))
+    batches = all_windows(held_out, length)
     torch.manual_seed(seed)
     train = torch.Generator().manual_seed(seed)
     layers = stack(system, {"GLA": ("gla", {"num_heads": 2})}, ("attention", {"num_heads": 2}))
     model = LanguageModel(256, 64, layers, feed_forward_dim=128)
 
     def draw() -> tuple[Tensor, Tensor]:
-        return _windows(learnt, torch.randint(len(learnt) - length, (batch,), generator=train), length)
+        return random_windows(learnt, batch, length, train)
 
     def say(step: int, loss: float) -> None:
         situation.say(f"text, seed {seed}, {system}: step {step} of {steps}, loss {loss:.3f}")
@@ -107,20 +107,6 @@ def _text_of(system: str, seed: int, situation: Situation) -> tuple[dict[str, fl
     bits = score(model, batches[: 1 if situation.smoke else None])["loss"] / math.log(2)
     situation.note(f"text, seed {seed}, {system}: {bits:.3f} bits per byte")
     return {"bits per byte": bits}, curve
-
-
-def topics() -> tuple[Tensor, Tensor]:
-    """Help texts of Python itself as bytes: nine tenths to learn, the last tenth to score."""
-    from pydoc_data.topics import topics as texts
-
-    content = torch.frombuffer(bytearray("\n\n".join(texts.values()).encode()), dtype=torch.uint8).long()
-    cut = len(content) * 9 // 10
-    return content[:cut], content[cut:]
-
-
-def _windows(content: Tensor, begins: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    rows = content[begins[:, None] + torch.arange(length + 1)]
-    return rows[:, :-1], rows[:, 1:]
 
 
 def spread(numbers: Any) -> float:

@@ -87,9 +87,9 @@ class Step:
                 raise Unsupported(f"module: {name} is {kind}; the step machine calculates in float32 on the CPU")
 
     def _example(self) -> Tensor:
-        if hasattr(self.module, "vocab_size"):
+        if getattr(self.module, "vocab_size", None) is not None:
             return torch.zeros(self.batch_size, 1, dtype=torch.int64, device="cpu")
-        dim: Any = self.module.dim
+        dim: Any = getattr(self.module, "features", self.module.dim)
         return torch.zeros(self.batch_size, 1, dim, dtype=torch.float32, device="cpu")
 
     def _trace(self, x: Tensor, state: State) -> None:

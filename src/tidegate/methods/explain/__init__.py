@@ -13,9 +13,9 @@ system it is (members.py). So this works for every mixer built on them, without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,10 +31,14 @@ __all__ = ["Explanation", "System", "explain", "rebuild"]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` saw: the module's output, and a `System` for every call of a recurrence, in order."""
+    """What `explain` saw: the module's output, and a `System` for every call of a linear recurrence, in order.
+
+    `refused` says of layers whose recurrence was seen and is not linear why it is not.
+    """
 
     output: Any
     systems: tuple[System, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -47,42 +51,36 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     Raises ValueError for a module without linear recurrence (a GRU's gates see its state: there is no matrix), and for
     a run that begins with a state.
     """
-    systems: list[System] = []
-
-    def answer(call: Call, layer: str) -> Any:
-        result = call.run()
-        systems.append(_system(call, layer, result))
-        return result
-
-    output = _run(module, inputs, options, answer)
-    if not systems:
-        raise ValueError(_silence(module))
-    return Explanation(output[0] if isinstance(output, tuple) else output, tuple(systems))
+    return _run(module, inputs, options, lambda system, result: result)
 
 
 @torch.no_grad()
 def rebuild(module: nn.Module, *inputs: Any, **options: Any) -> Tensor:
-    """The output of `explain`'s run with every recurrence replaced by its matrix, computed in float64.
+    """The output of `explain`'s run with every linear recurrence replaced by its matrix, computed in float64.
 
     It equals the module's own output up to rounding; that is what makes the matrices its explanation.
     """
-    replaced = 0
-
-    def answer(call: Call, layer: str) -> Any:
-        nonlocal replaced
-        replaced += 1
-        result = call.run()
-        return _system(call, layer, result).rebuilt(), *result[1:]
-
-    output = _run(module, inputs, options, answer)
-    if not replaced:
-        raise ValueError(_silence(module))
-    return output[0] if isinstance(output, tuple) else output
+    return _run(module, inputs, options, lambda system, result: (system.rebuilt(), *result[1:])).output
 
 
-def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[Call, str], Any]) -> Any:
-    with _names(module) as inside, answered_by(lambda call: answer(call, inside[-1])):
-        return module(*inputs, **options)
+def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[System, Any], Any]) -> Explanation:
+    systems: list[System] = []
+    refused: dict[str, str] = {}
+
+    def hear(call: Call) -> Any:
+        layer, result = inside[-1], call.run()
+        if reason := refusal(call.op, call.arguments):
+            refused[layer] = reason
+            return result
+        _check_empty(layer, call.arguments.get("state"))
+        systems.append(System(call.op, layer, dict(call.arguments), result[0]))
+        return answer(systems[-1], result)
+
+    with _names(module) as inside, answered_by(hear):
+        output = module(*inputs, **options)
+    if not systems:
+        raise ValueError("; ".join(refused.values()) or _silence(module))
+    return Explanation(output[0] if isinstance(output, tuple) else output, tuple(systems), refused)
 
 
 @contextmanager
@@ -105,14 +103,12 @@ def _names(module: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _system(call: Call, layer: str, result: Any) -> System:
-    if reason := refusal(call.op, call.arguments):
-        raise ValueError(f"{layer or 'module'}: {reason}")
-    state = call.arguments.get("state")
+def _check_empty(layer: str, state: Any) -> None:
     leaves = state if isinstance(state, tuple) else () if state is None else (state,)
     if any(leaf.any() for leaf in leaves):
-        raise ValueError(f"{layer or 'module'}: begins with a state that is not empty; explain needs the whole sequence")
-    return System(call.op, layer, dict(call.arguments), result[0])
+        raise ValueError(
+            f"{layer or 'state'}: begins with a state that is not empty; explain needs the whole sequence from its start"
+        )
 
 
 def _silence(module: nn.Module) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.cell.equations import Program, read
+from tidegate.ops.cell.reference import compile_step
+from tidegate.ops.cell.source import Kernels, torch_step
 from tidegate.segments import Segments, zero_padding
-
-if TYPE_CHECKING:
-    from tidegate.ops.cell.equations import Program
-    from tidegate.ops.cell.source import Kernels
 
 _cells: dict[str, Cell] = {}
 
@@ -60,48 +60,23 @@ class Cell:
         self.equations = "\n".join(line.strip() for line in equations.strip().splitlines())
         self.states = tuple(states.replace(",", " ").split() if isinstance(states, str) else states)
         self.key = hashlib.sha256(repr((self.equations, self.states)).encode()).hexdigest()[:16]
-        self.program  # noqa: B018  # mistakes are found where the cell is written
+        self.program: Program = read(self.equations, self.states)  # mistakes are found where the cell is written
+        self.inputs, self.matrices, self.vectors = self.program.inputs, self.program.matrices, self.program.vectors
+        self.step: Callable[..., Any] = compile_step(torch_step(self.program))  # one token in PyTorch: see `source`
         _cells[self.key] = self
 
     @cached_property
-    def program(self) -> Program:
-        """The equations, read and ordered."""
-        from tidegate.ops.cell.equations import read
-
-        return read(self.equations, self.states)
-
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        return self.program.inputs
-
-    @cached_property
-    def matrices(self) -> tuple[str, ...]:
-        return self.program.matrices
-
-    @cached_property
-    def vectors(self) -> tuple[str, ...]:
-        return self.program.vectors
-
-    @cached_property
-    def step(self) -> Callable[..., Any]:
-        """One token in PyTorch, on tuples of tensors: see `source`."""
-        from tidegate.ops.cell.reference import compile_step
-        from tidegate.ops.cell.source import torch_step
-
-        return compile_step(torch_step(self.program))
-
-    @cached_property
     def kernels(self) -> Kernels:
-        from tidegate.ops.cell.source import Kernels
-
+        """The source of the CPU kernels, written when they are first needed."""
         return Kernels(self.program, self.equations)
 
     @property
     def source(self) -> str:
         """What is generated from the equations: the step in PyTorch, and the kernels."""
-        from tidegate.ops.cell.source import torch_step
-
         return f"# PyTorch\n{torch_step(self.program)}\n\n# CPU kernels\n{self.kernels.source()}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cell, (self.equations, self.states)  # copies and pickles are made from the text
 
     def __repr__(self) -> str:
         return f"Cell({self.equations!r}, states={' '.join(self.states)!r})"
@@ -142,8 +117,6 @@ class Cell:
         clip: float | None,
         truncate: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        import torch
-
         if inputs.ndim != 4 or inputs.shape[2] != len(self.inputs) or inputs.shape[1] == 0:
             raise ValueError(
                 f"inputs: seen shape {tuple(inputs.shape)}, wanted (batch, time >= 1, {len(self.inputs)}, dim) for "

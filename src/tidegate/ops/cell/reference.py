@@ -64,8 +64,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """As `Cell.__call__` after its checks. `clip` and `cut` are about gradients and act where they flow back."""
     heads, batch = matrices.shape[1] if cell.matrices else 1, inputs.shape[0]
-    weights = matrices.unbind(0)
-    scales = vectors.unflatten(-1, (heads, -1)).unbind(0)
+    scales = vectors.unflatten(-1, (heads, -1))
 
     def step(carry: tuple[Tensor, ...], now: Tensor, *flags: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         (kept,) = carry  # (B, S, H, d)
@@ -75,7 +74,8 @@ def run(
             before = _Gate.apply(before, number, clip, cut) if before.requires_grad else before
         if flags:
             before = torch.where(flags[0][:, None, None, None], 0, before)
-        output, new = cell.step(now.unbind(1), weights, scales, before.unbind(1))
+        # Unbound in here: a traced loop may not hold two views of one tensor.
+        output, new = cell.step(now.unbind(1), matrices.unbind(0), scales.unbind(0), before.unbind(1))
         if len(cell.states) == 1:
             after = new[0][:, None]
         else:

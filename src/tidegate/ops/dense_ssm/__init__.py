@@ -1,4 +1,4 @@
-"""Many small state space models side by side, one for each channel, with a full matrix that does not change with time."""
+"""Many state space models side by side, one for each channel, with full matrices that do not change with time."""
 
 from __future__ import annotations
 

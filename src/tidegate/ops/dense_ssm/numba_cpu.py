@@ -87,24 +87,25 @@ def _size(longest: int) -> int:
 
 
 def _cut(x: Tensor, pieces: Pieces) -> Tensor:
-    """(B, T, ...) -> (..., P, Q), zeros where there is no token."""
-    size, count = pieces.size, len(pieces.begins)
+    """(B, T, D, ...) -> (D ..., P, Q), zeros where there is no token."""
+    size, count, x = pieces.size, len(pieces.begins), x.flatten(2)
     if pieces.tokens is None or pieces.slots is None:
-        rows = pad(x, (*[0] * (2 * x.ndim - 4), 0, -x.shape[1] % size)).reshape(count, size, *x.shape[2:])
+        rows = pad(x, (0, 0, 0, -x.shape[1] % size)).flatten(0, 1)
     else:
-        rows = x.new_zeros(count * size, *x.shape[2:])
-        rows = rows.index_copy(0, pieces.slots, x.flatten(0, 1)[pieces.tokens]).unflatten(0, (count, size))
-    return rows.movedim((0, 1), (-2, -1)).contiguous()
+        rows = x.new_zeros(count * size, x.shape[2])
+        rows = rows.index_copy(0, pieces.slots, x.flatten(0, 1)[pieces.tokens])
+    # Turned as a matrix: PyTorch does that four times as fast as the same with more axes.
+    return rows.t().contiguous().view(x.shape[2], count, size)
 
 
 def _joined(x: Tensor, batch: int, time: int, pieces: Pieces) -> Tensor:
-    """The way back, zeros on padding."""
-    rows = x.movedim((-2, -1), (0, 1))
+    """The way back, zeros on padding: (D, P, Q) -> (B, T, D)."""
+    rows = x.flatten(1).t().contiguous()
     if pieces.tokens is None or pieces.slots is None:
         whole = -(-time // pieces.size) * pieces.size
-        return rows.reshape(batch, whole, *rows.shape[2:])[:, :time].contiguous()
-    found = x.new_zeros(batch * time, *rows.shape[2:])
-    return found.index_copy(0, pieces.tokens, rows.flatten(0, 1)[pieces.slots]).unflatten(0, (batch, time))
+        return rows.view(batch, whole, x.shape[0])[:, :time].contiguous()
+    found = x.new_zeros(batch * time, x.shape[0])
+    return found.index_copy(0, pieces.tokens, rows[pieces.slots]).view(batch, time, x.shape[0])
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def _forward(begin, end, x, dims, u, a, b, c, state, begins, ends, lengths, y, l
 def _end(x, d, dims, p, n, u, dlast, at, du):
     """The gradient of a row's last state, after n tokens of piece p."""
     N, M, Q, levels, P = dims
-    Np, Qp, X, _, _, H, _ = places(N, M, Q, levels, P)
+    Np, Qp, _, _, _, H, _ = places(N, M, Q, levels, P)
     turned, XT, _, _, dW, dX, _, _, G, _, _, row, _ = gradient_places(N, M, Q, levels, P)
     size, none, token = Np * Np, (x, 0, 0), (d * P + p) * Q
     add_times(n, N, (x, dX, Np), (u, token + n - 1, -1, 0), (dlast, at, 0), 1, (), none)
@@ -253,9 +254,9 @@ def _forward_op(
     batch, time = u.shape[:2]
     pieces = _pieces(batch, time, codes)
     cut = _cut(u, pieces)
-    y, last = torch.empty(*c.shape[:2], *cut.shape[1:]), torch.empty(state.shape)
+    y, last = torch.empty(c.shape[0] * c.shape[1], *cut.shape[1:]), torch.empty(state.shape)
     _run(_forward, cut, pieces, a, b, c, state, y, last)
-    return _joined(y, batch, time, pieces), last
+    return _joined(y, batch, time, pieces).unflatten(2, c.shape[:2]), last
 
 
 @torch.library.custom_op("tidegate::dense_ssm_backward", mutates_args=(), device_types="cpu")

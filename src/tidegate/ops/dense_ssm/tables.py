@@ -15,25 +15,27 @@ from tidegate.ops.kernels import LANES, copy_floats, jit_inside, jit_views
 from tidegate.ops.tiles import product, transpose
 
 times, add_times = product(), product(start="add")
-short_times = product(narrow=True)
+
+HEAD_LEVELS = 4
+HEAD = 1 << HEAD_LEVELS
 
 
 @jit_views
 def places(N, M, Q, levels, P):
-    """Row lengths of N and Q numbers; where W, X, E (turned), K, the states before the pieces and a row stand; the end."""
+    """Row lengths of N and Q numbers; where, after W, X, E (turned), K and the pieces' first states stand; the end."""
     Np, Qp = -(-N // LANES) * LANES, -(-Q // LANES) * LANES
     X = (levels + 1) * Np * Np
     E = X + Qp * Np
     K = E + M * Np * Qp
     H = K + M * 2 * Qp
-    return Np, Qp, X, E, K, H, H + (P + 1) * Np
+    return Np, Qp, X, E, K, H, H + (P + HEAD) * Np
 
 
 @jit_inside
 def make_tables(x, d, dims, a, b, c):
     """Of channel d; K stands behind Qp zeros, so that K[t - s] is a matrix, zero above its diagonal."""
     N, M, Q, levels, P = dims
-    Np, Qp, X, E, K, _, _ = places(N, M, Q, levels, P)
+    Np, Qp, X, E, K, H, _ = places(N, M, Q, levels, P)
     size, none = Np * Np, (x, 0, 0)
     transpose(N, N, (x, 0, Np), (a, d * N * N, N))
     for j in range(levels):
@@ -41,22 +43,23 @@ def make_tables(x, d, dims, a, b, c):
         times(N, N, (x, W + size, Np), (x, W, Np, 1), (x, W, Np), N, (), none)
     copy_floats(b, d * N, x, X, N)
     clear(M, 2 * Qp, ((x, K, 2 * Qp),), ())
-    for m in range(M):
-        e, k, row = E + m * Np * Qp, K + (2 * m + 1) * Qp, (d * M + m) * N
-        short_times(N, 1, (x, e, Qp), (x, 0, Np, 1), (c, row, 1), N, (), none)
-        times(1, 1, (x, k, 1), (b, d * N, 0, 1), (c, row, 1), N, (), none)
-    count, W = 1, 0
+    count, W, head = 1, 0, min(Q, HEAD)
     while count < Q:
         times(count, N, (x, X + count * Np, Np), (x, X, Np, 1), (x, W, Np), N, (), none)
-        for m in range(M):
-            e = E + m * Np * Qp
-            if count < 2 * LANES:
-                short_times(N, count, (x, e + count, Qp), (x, W, Np, 1), (x, e, Qp), N, (), none)
-            else:
-                times(N, count, (x, e + count, Qp), (x, W, Np, 1), (x, e, Qp), N, (), none)
         count, W = 2 * count, W + size
     for m in range(M):
-        times(1, Q - 1, (x, K + (2 * m + 1) * Qp + 1, 1), (b, d * N, 0, 1), (x, E + m * Np * Qp, Qp), N, (), none)
+        e, k, row = E + m * Np * Qp, K + (2 * m + 1) * Qp, (d * M + m) * N
+        # The first few one by one, as rows, then by doubling, as columns: vectors are filled either way.
+        times(1, N, (x, H, Np), (c, row, 0, 1), (a, d * N * N, N), N, (), none)
+        for s in range(1, head):
+            times(1, N, (x, H + s * Np, Np), (x, H + (s - 1) * Np, 0, 1), (a, d * N * N, N), N, (), none)
+        transpose(head, N, (x, e, Qp), (x, H, Np))
+        count, W = head, HEAD_LEVELS * size
+        while count < Q:
+            times(N, count, (x, e + count, Qp), (x, W, Np, 1), (x, e, Qp), N, (), none)
+            count, W = 2 * count, W + size
+        times(1, 1, (x, k, 1), (b, d * N, 0, 1), (c, row, 1), N, (), none)
+        times(1, Q - 1, (x, k + 1, 1), (b, d * N, 0, 1), (x, e, Qp), N, (), none)
 
 
 @jit_views
@@ -113,15 +116,19 @@ def gradients_of_tables(x, d, dims, a, b, c, da, db, dc):
         add_times(N, N, (x, dw, Np), (x, turned, Np, 1), (x, dw + size, Np), N, (), none)
         add_times(N, N, (x, dw, Np), (x, X, 1, Np), (x, dX + later, Np), count, (), none)
         add_times(count, N, (x, dX, Np), (x, dX + later, Np, 1), (x, turned, Np), N, (), none)
-        for m in range(M):
-            e, de = E + m * Qp * Np, dE + m * Qp * Np
-            add_times(N, N, (x, dw, Np), (x, de + later, 1, Np), (x, e, Np), count, (), none)
-            add_times(count, N, (x, de, Np), (x, de + later, Np, 1), (x, W, Np), N, (), none)
+        if count >= HEAD:
+            for m in range(M):
+                e, de = E + m * Qp * Np, dE + m * Qp * Np
+                add_times(N, N, (x, dw, Np), (x, de + later, 1, Np), (x, e, Np), count, (), none)
+                add_times(count, N, (x, de, Np), (x, de + later, Np, 1), (x, W, Np), N, (), none)
         count //= 2
     for n in range(N):
         db[d * N + n] += x[dX + n]
     for m in range(M):
-        de, row = dE + m * Qp * Np, (d * M + m) * N
+        e, de, row = E + m * Qp * Np, dE + m * Qp * Np, (d * M + m) * N
+        for s in range(min(Q, HEAD) - 1, 0, -1):
+            add_times(1, N, (x, de + (s - 1) * Np, Np), (x, de + s * Np, 0, 1), (x, 0, Np), N, (), none)
+        add_times(N, N, (x, dW, Np), (x, de + Np, 1, Np), (x, e, Np), min(Q, HEAD) - 1, (), none)
         add_times(N, N, (x, dW, Np), (x, de, 1, 0), (c, row, 0), 1, (), none)
         add_times(1, N, (dc, row, N), (x, de, 0, 1), (x, 0, Np), N, (), none)
     transpose(N, N, (x, turned, Np), (x, dW, Np))

@@ -27,7 +27,7 @@ def diagonal_ssm(
 
 def _convolve(u: Tensor, decay: Tensor, weight: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     time = u.shape[1]
-    powers = _powers(decay, time + 1)  # (D, N, T + 1)
+    powers = decay_powers(decay, time + 1)  # (D, N, T + 1)
     kernel = torch.einsum("dn,dnt->td", weight, powers[..., :time]).real
     size = 2 * time  # so that the end does not come round to the beginning
     spectrum = torch.fft.rfft(u, n=size, dim=1) * torch.fft.rfft(kernel, n=size, dim=0)
@@ -37,7 +37,7 @@ def _convolve(u: Tensor, decay: Tensor, weight: Tensor, state: Tensor) -> tuple[
     return y, last
 
 
-def _powers(decay: Tensor, count: int) -> Tensor:
+def decay_powers(decay: Tensor, count: int) -> Tensor:
     """decay^0 ... decay^(count - 1) along a new last axis, by products alone: 0 is as good a decay as any."""
     powers, square = torch.ones_like(decay)[..., None], decay[..., None]
     while powers.shape[-1] < count:

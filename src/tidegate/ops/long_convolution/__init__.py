@@ -1,4 +1,4 @@
-"""Depthwise convolutions over time with filters as long as the sequence: causal with a state, and in both directions."""
+"""Depthwise convolutions with filters as long as the sequence: causal with a state, and in both directions."""
 
 from __future__ import annotations
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from tidegate.ops import kernels
 from tidegate.ops.kernels import LANES
 from tidegate.ops.long_convolution import parallel, terms
-from tidegate.ops.long_convolution.terms import BLOCK, EDGE, TILE
+from tidegate.ops.long_convolution.terms import BLOCK, EDGE, SPAN, TILE
 from tidegate.ops.slots import append
 from tidegate.segments import Segments
 
-FEW = 96  # terms per token, on average, up to which an FFT takes longer than adding them up
-CHUNK = 1 << 19  # numbers in one FFT call
+FEW = 128  # terms per token, on average, up to which an FFT takes longer than adding them up
+CHUNK = 1 << 20  # numbers in one FFT call
 
 
 def long_convolution(x: Tensor, past: Tensor, length: Tensor, taps: Tensor, segments: Segments | None) -> Tensor:
@@ -118,14 +118,14 @@ def _pieces(documents: Documents, dim: int) -> Iterator[tuple[int, int, int, lis
 def _columns(documents: Documents, x: np.ndarray, past: np.ndarray, low: int, high: int, size: int) -> Tensor:
     """The documents' tokens, channels `low` to `high`: (documents, channels, size), zeros behind them."""
     out, (source, begins, ends, _) = torch.empty(len(documents.ends), high - low, size), documents
-    problems = len(ends) * (-(-(high - low) // LANES))
+    problems = len(ends) * -(-(high - low) // SPAN)
     kernels.run(terms.to_columns, problems, x, past, source, begins, ends, low, out.numpy(), scratch=TILE * LANES)
     return out
 
 
 def _rows(columns: Tensor, documents: Documents, low: int, y: np.ndarray, past: np.ndarray) -> None:
     """The way back, for the tokens from `firsts` on."""
-    problems = len(documents.ends) * (-(-columns.shape[1] // LANES))
+    problems = len(documents.ends) * -(-columns.shape[1] // SPAN)
     kernels.run(terms.to_rows, problems, columns.numpy(), *documents, low, y, past, scratch=TILE * LANES)
 
 
@@ -200,9 +200,10 @@ def _backward_op(
         total = torch.zeros_like(spectrum)
         for group in groups:
             given = torch.fft.rfft(_columns(group, flow, nothing, low, high, size))
-            seen = torch.fft.rfft(_columns(group, rows, past_rows, low, high, size))
+            # Conjugated in fact: inside an operator that a compiled program calls, a mark that it is would be lost.
+            seen = torch.fft.rfft(_columns(group, rows, past_rows, low, high, size)).conj_physical_()
             for one, other in zip(seen, given, strict=True):
-                total.addcmul_(one.conj(), other)
+                total.addcmul_(one, other)
             found = torch.fft.irfft(given.mul_(spectrum), n=size)
             _rows(found, group._replace(firsts=np.zeros_like(group.firsts)), low, out, past_out)
         circle = torch.fft.irfft(total, n=size)

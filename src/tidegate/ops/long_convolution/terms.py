@@ -14,7 +14,7 @@ from tidegate.ops.vector import fill, load, load_some, store, store_some
 
 BLOCK = 8  # sums formed side by side
 EDGE = BLOCK * LANES  # zeros around a row of scratch, so that a block may reach over its ends
-TILE = 64  # tokens turned from rows to columns at a time
+SPAN, TILE = 8 * LANES, 64  # channels and tokens turned from rows to columns at a time
 ZERO = np.float32(0.0)
 
 
@@ -184,8 +184,7 @@ def _correlate(s, x, dy, n, first, front, count, dtaps):
     wide_vectors()
     lag = -min(front, n - 1)
     while lag < min(n, count):
-        # The sum over j = n - 1 - t, of dy_j and what lies at n - 1 - lag - j: as in a convolution, but for the order of
-        # the lags, which falls.
+        # The sum over j = n - 1 - t, of dy_j and what lies at n - 1 - lag - j: as in a convolution, but the lags fall.
         low, high = max(0, -lag - (BLOCK - 1)), min(n - first, n - lag)
         _sums(s, dy, low, high, x + (n - BLOCK - lag) * LANES)
         for k in range(BLOCK):
@@ -221,25 +220,42 @@ def backward(begin, end, s, x, past, taps, front, longest, source, ends, firsts,
 
 
 # -- between rows and columns ------------------------------------------------------------------------------------------
+@jit_views
+def _turn(s, target, document, channel, some, tile, many):
+    """`many` vectors of scratch into as many columns of target[document], from `tile` on."""
+    for lane in range(some):
+        row = target[document, channel + lane, tile : tile + many]
+        for i in range(many):
+            row[i] = s[i * LANES + lane]
+
+
+@jit_views
+def _turn_back(s, source, document, channel, some, tile, many):
+    for lane in range(some):
+        row = source[document, channel + lane, tile : tile + many]
+        for i in range(many):
+            s[i * LANES + lane] = row[i]
+
+
 @jit
 def to_columns(begin, end, s, x, past, source, begins, ends, low, out):
-    """out (documents, channels, size): channel `low` and the next ones of each document, then zeros."""
+    """out (documents, channels, size): channel `low` and the next ones of each document, then zeros.
+
+    A problem is a document and SPAN channels: rows are read in pieces of some cache lines, and each piece once.
+    """
     wide_vectors()
     dim, width = x.shape[1], out.shape[1]
-    groups = (width + LANES - 1) // LANES
+    spans = (width + SPAN - 1) // SPAN
     for problem in range(begin, end):
-        document, channel = problem // groups, problem % groups * LANES
-        first, n = begins[document], ends[document] - begins[document]
-        some = min(LANES, width - channel)
+        document, start = problem // spans, problem % spans * SPAN
+        first, n, stop = begins[document], ends[document] - begins[document], min(start + SPAN, width)
         for tile in range(0, n, TILE):
             many = min(TILE, n - tile)
-            _copy_in(x, past, source, first + tile, many, low + channel, dim, s, 0, LANES)
-            for lane in range(some):
-                column = out[document, channel + lane, tile : tile + many]
-                for i in range(many):
-                    column[i] = s[i * LANES + lane]
-        for lane in range(some):
-            out[document, channel + lane, n:] = ZERO
+            for channel in range(start, stop, LANES):
+                _copy_in(x, past, source, first + tile, many, low + channel, dim, s, 0, LANES)
+                _turn(s, out, document, channel, min(LANES, stop - channel), tile, many)
+        for channel in range(start, stop):
+            out[document, channel, n:] = ZERO
 
 
 @jit
@@ -247,20 +263,18 @@ def to_rows(begin, end, s, columns, source, begins, ends, firsts, low, y, past):
     """The way back, for the tokens from `firsts` on."""
     wide_vectors()
     dim, width = y.shape[1], columns.shape[1]
-    groups = (width + LANES - 1) // LANES
+    spans = (width + SPAN - 1) // SPAN
     for problem in range(begin, end):
-        document, channel = problem // groups, problem % groups * LANES
-        first, n = begins[document], ends[document] - begins[document]
-        some = min(LANES, width - channel)
+        document, start = problem // spans, problem % spans * SPAN
+        first, n, stop = begins[document], ends[document] - begins[document], min(start + SPAN, width)
         for tile in range(firsts[document], n, TILE):
             many = min(TILE, n - tile)
-            for lane in range(some):
-                column = columns[document, channel + lane, tile : tile + many]
+            for channel in range(start, stop, LANES):
+                some = min(LANES, stop - channel)
+                _turn_back(s, columns, document, channel, some, tile, many)
                 for i in range(many):
-                    s[i * LANES + lane] = column[i]
-            for i in range(many):
-                row = source[first + tile + i]
-                if row >= 0:
-                    store_some(y, row * dim + low + channel, load(s, i * LANES), some)
-                else:
-                    store_some(past, ~row * dim + low + channel, load(s, i * LANES), some)
+                    row = source[first + tile + i]
+                    if row >= 0:
+                        store_some(y, row * dim + low + channel, load(s, i * LANES), some)
+                    else:
+                        store_some(past, ~row * dim + low + channel, load(s, i * LANES), some)

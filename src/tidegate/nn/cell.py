@@ -1,0 +1,103 @@
+"""What mixers that are a nonlinear cell share: the parameters that follow from its equations, and running it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tidegate.nn.mixer import Mixer
+from tidegate.ops.cell import Cell
+from tidegate.segments import Segments
+from tidegate.state import State
+
+
+class CellMixer(Mixer):
+    """A mixer that is a cell (see `tidegate.ops.Cell`): everything but the equations and the initialisation.
+
+    `_build` sets up, for G inputs, M recurrent matrices and V vectors of the cell: `weight_ih` (G * dim, dim) and
+    `bias_ih`, one bias per input; `weight_hh` (M * dim, dim / num_heads), block-diagonal, the block of a head in its
+    rows; `bias_hh`, a second bias for each recurrent product, where the cell has it from PyTorch; `vectors` (V, dim).
+
+    State: every state of the cell (dim).
+    """
+
+    cell: Cell
+    num_heads: int
+    bias_hh: nn.Parameter | None
+
+    def _build(
+        self,
+        cell: Cell,
+        num_heads: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        second_bias: bool = False,
+        vectors: bool = True,
+    ) -> None:
+        if num_heads < 1 or self.dim % num_heads:
+            raise ValueError(f"num_heads: seen {num_heads}, wanted a divisor of dim = {self.dim}")
+        self.cell, self.num_heads = cell, num_heads
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        gates, matrices, width = len(cell.inputs) * self.dim, len(cell.matrices) * self.dim, self.dim // num_heads
+        self.weight_ih = nn.Parameter(torch.empty(gates, self.dim, **factory))
+        self.bias_ih = nn.Parameter(torch.empty(gates, **factory))
+        self.weight_hh = nn.Parameter(torch.empty(matrices, width, **factory)) if matrices else None
+        self.bias_hh = nn.Parameter(torch.empty(matrices, **factory)) if second_bias else None
+        own = vectors and cell.vectors
+        self.vectors = nn.Parameter(torch.empty(len(cell.vectors), self.dim, **factory)) if own else None
+        self.no_weight_decay = ("vectors",) if own else ()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform in ±dim^(-1/2), as PyTorch's cells."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
+
+    def _set_bias(self, name: str, value: Tensor | float) -> None:
+        """Give an input of the cell exactly this bias; a second one that is added to it becomes zero."""
+        self._rows(self.bias_ih, self.cell.inputs.index(name))[...] = value
+        matrix = "U" + name[1:]
+        if self.bias_hh is not None and matrix in self.cell.matrices:
+            self._rows(self.bias_hh, self.cell.matrices.index(matrix))[...] = 0.0
+
+    def _set_vector(self, name: str, value: Tensor | float) -> None:
+        assert self.vectors is not None
+        self.vectors[self.cell.vectors.index(name)] = value
+
+    def _rows(self, parameter: Tensor, number: int) -> Tensor:
+        return parameter[number * self.dim : (number + 1) * self.dim]
+
+    def _chrono_bias(self, length: int) -> Tensor:
+        """log(u), u ~ U(1, length - 1): biases under which memories last up to `length` (arXiv 1804.11188)."""
+        return torch.empty_like(self.bias_ih[: self.dim]).uniform_(1, length - 1).log_()
+
+    def _biases(self) -> tuple[Tensor, Tensor | None]:
+        """The bias of all inputs, and the vectors."""
+        return (self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh), self.vectors
+
+    def state_spec(self) -> dict[str, Any]:
+        return {name: (self.dim,) for name in self.cell.states}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
+    ) -> tuple[Tensor, State]:
+        x, state = self.prepare(x, state, segments)
+        bias, vectors = self._biases()
+        inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.dim))
+        width = self.dim // self.num_heads
+        matrices = None if self.weight_hh is None else self.weight_hh.view(-1, self.num_heads, width, width)
+        before = torch.stack([state[name] for name in self.cell.states], 1)
+        y, after = self.cell(inputs, matrices, vectors, before, segments=segments)
+        return y, State(dict(zip(self.cell.states, after.unbind(1), strict=True)))
+
+
+def check_chrono(length: int | None) -> None:
+    """Raises ValueError for a `chrono_length` that no bias can be drawn for."""
+    if length is not None and length < 3:
+        raise ValueError(f"chrono_length: seen {length}, wanted at least 3 tokens, or None")
