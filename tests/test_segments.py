@@ -151,7 +151,9 @@ def test_reversed_against_the_definition(seed):
     for documents, opposite in zip(documents_of(segments), documents_of(turned), strict=True):
         wanted = [[22 - time for time in reversed(times)] for times in reversed(documents) if times]
         assert opposite == [[], *wanted]
-    for documents, from_state in zip(documents_of(turned), documents_of(segments.reversed(continues=True)), strict=True):
+    for documents, from_state in zip(
+        documents_of(turned), documents_of(segments.reversed(continues=True)), strict=True
+    ):
         assert from_state == (documents[1:] or [[]])  # the same, but for the first, which continues
     again = turned.reversed()
     assert torch.equal(again.valid, segments.valid)

@@ -91,7 +91,10 @@ def test_evaluate(finished, text):
     [
         (["train", "nowhere.txt", "--out", "RUN"], "nowhere.txt: no such file or directory; give a text file"),
         (["train", "--mixer", "gal", "--out", "RUN"], "there is no 'gal', did you mean 'gla'?"),
-        (["train", "--mixer", "bidirectional", "--out", "RUN"], "'bidirectional' (layer 0) cannot predict a next token"),
+        (
+            ["train", "--mixer", "bidirectional", "--out", "RUN"],
+            "'bidirectional' (layer 0) cannot predict a next token",
+        ),
         (["train", "--recipe", "nowhere.yaml"], "nowhere.yaml: no such recipe file"),
         (["train", "--set", "training.stesp=3"], "training.stesp: there is no such key, did you mean 'steps'?"),
         (["train", "--set", "steps"], "wanted KEY=VALUE"),

@@ -132,12 +132,12 @@ def test_a_sequence_model_takes_it_and_comes_back(pool):
 
 
 def test_a_language_model_refuses_it():
-    with pytest.raises(ValueError, match="layers: 'bidirectional' .layer 1. cannot predict.* after it.*SequenceModel"):
+    with pytest.raises(ValueError, match=r"layers: 'bidirectional' .layer 1. cannot predict.* after it.*SequenceModel"):
         LanguageModel(11, 32, "gla,bidirectional")
 
 
 def test_it_has_no_compiled_step():
-    with pytest.raises(Unsupported, match="module: Bidirectional has no step of its own: .*last token"):
+    with pytest.raises(Unsupported, match=r"module: Bidirectional has no step of its own: .*last token"):
         compile_step(mixers.build("bidirectional", 32, mixer="lru"))
     with pytest.raises(Unsupported, match="Bidirectional"):
         compile_step(torch.nn.ModuleList([mixers.build("bidirectional", 32, mixer="lru")]))

@@ -120,7 +120,9 @@ def test_biases_at_initialisation(name):
     with torch.no_grad():
         total = (cell.bias_ih + cell.bias_hh).chunk(len(cell.cell.inputs))
         assert (total[1] == 2.5).all()  # exactly, although PyTorch adds two biases
-        others = torch.cat([cell.weight_ih.flatten(), cell.weight_hh.flatten(), cell.bias_ih.chunk(len(cell.cell.inputs))[2]])
+        others = torch.cat(
+            [cell.weight_ih.flatten(), cell.weight_hh.flatten(), cell.bias_ih.chunk(len(cell.cell.inputs))[2]]
+        )
         assert others.abs().max() <= dim**-0.5
         assert abs(float(others.std()) * (3 * dim) ** 0.5 - 1) < 0.02
 

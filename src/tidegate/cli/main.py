@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train",
     "generate": "generate",
     "evaluate": "evaluate",
+    "explain": "explain",
     "list": "list_mixers",
     "show": "show",
     "doctor": "doctor",

@@ -39,7 +39,8 @@ class GRU(CellMixer):
     - `forget_bias` is the bias of z at initialisation, exactly (one of PyTorch's two biases is zero): above 0 the cell
       starts by keeping. `chrono_length` instead draws log U(1, length - 1), for memories of up to that many tokens.
 
-    Source: arXiv 1406.1078; heads 2412.07752; chrono initialisation 1804.11188. Shapes: x, y (B, T, dim). State: h (dim).
+    Source: arXiv 1406.1078; heads 2412.07752; chrono initialisation 1804.11188. Shapes: x, y (B, T, dim).
+    State: h (dim).
     """
 
     def __init__(

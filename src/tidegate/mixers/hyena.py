@@ -53,13 +53,13 @@ class ImplicitFilter(nn.Module):
         self.out = nn.Linear(width, dim, bias=False, **factory)
         self.freq = nn.Parameter(torch.empty(width, **factory))
         for layer in (*self.layers, self.out):
-            layer.no_weight_decay = ("weight",)  # type: ignore[assignment]
+            layer.no_weight_decay = ("weight",)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The linear maps as in PyTorch; freq = w."""
         for layer in (*self.layers, self.out):
-            layer.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
         nn.init.constant_(self.freq, self.w)
 
     def forward(self, time: Tensor) -> Tensor:
@@ -70,6 +70,7 @@ class ImplicitFilter(nn.Module):
         wide = accumulation_dtype(self.freq.dtype)
         z = z.to(wide)
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             z = torch.sin(self.freq.to(wide) * functional.linear(z, layer.weight.to(wide), layer.bias.to(wide)))
         return functional.linear(z, self.out.weight.to(wide))
 
@@ -151,8 +152,9 @@ class Hyena(Mixer):
         self.in_proj = nn.Linear(dim, (order + 1) * dim, bias=bias, **factory)
         self.conv = ShortConvolution((order + 1) * dim, conv_width, bias=True, activation=False, **factory)
         if filter_kind == "implicit":
-            shape = dict(width=filter_order, embedding=emb_dim)
-            self.filter = ImplicitFilter(channels, max_length, w=w, **shape, **factory)
+            self.filter = ImplicitFilter(
+                channels, max_length, width=filter_order, embedding=emb_dim, w=w, device=device, dtype=dtype
+            )
         else:
             self.taps = nn.Parameter(torch.empty(max_length, channels, **factory))
         self.direct = nn.Parameter(torch.empty(channels, **factory))

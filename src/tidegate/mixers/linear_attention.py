@@ -103,8 +103,8 @@ class LinearAttention(Mixer):
     @torch.no_grad()
     def _shrink_eta(self) -> None:
         if self.eta_proj is not None:
-            self.eta_proj.weight *= self.eta_gain
-            self.eta_proj.bias *= self.eta_gain
+            self.eta_proj.weight.mul_(self.eta_gain)
+            self.eta_proj.bias.mul_(self.eta_gain)
 
     def state_spec(self) -> dict[str, Any]:
         return {"memory": (self.num_heads, self.q_map.features, self.head_dim + (self.normaliser == "sum"))}

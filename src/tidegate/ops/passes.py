@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -154,7 +154,7 @@ def tanh(x: Vector) -> Vector:
 
 def softplus(x: Vector) -> Vector:
     """log(1 + exp(x))"""
-    e, total = where_negative(x, x, -x).exp(), LOG1P[-1]
+    e, total = where_negative(x, x, -x).exp(), cast(Any, LOG1P[-1])
     for coefficient in LOG1P[-2::-1]:
         total = e * total + coefficient
     return where_negative(x, 0.0, x) + e * total

@@ -35,7 +35,13 @@ class Matrices:
     def select(self, heads: Any) -> Matrices:
         """Only these heads: whatever indexes an axis and keeps it."""
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Matrices(**{name: x[:, :, heads] if isinstance(x, Tensor) else x for name, x in parts.items()})
+
+        def taken(x: Tensor) -> Tensor:
+            if constant(x):
+                return x[:1, :1, heads].expand(*x.shape[:2], *[-1] * (x.ndim - 2))
+            return x[:, :, heads]
+
+        return Matrices(**{name: taken(x) if isinstance(x, Tensor) else x for name, x in parts.items()})
 
     def first(self) -> Tensor:
         """(B, T) where nothing came before, so that a transition acts on nothing, or where there is only padding."""
@@ -43,6 +49,11 @@ class Matrices:
         if self.segments is not None:
             return self.segments.previous() < 0
         return (torch.arange(time, device=self.readout.device) == 0).expand(batch, time)
+
+
+def constant(x: Tensor) -> bool:
+    """Whether all rows and tokens of x (B, T, ...) share the same memory."""
+    return x.stride()[:2] == (0, 0)
 
 
 def run(system: Matrices, values: Tensor | None = None) -> Tensor:
@@ -56,16 +67,17 @@ def run(system: Matrices, values: Tensor | None = None) -> Tensor:
     if system.segments is not None:
         starts, valid = (flag[..., None, None, None] for flag in (system.segments.starts, system.segments.valid))
     kind = torch.promote_types(system.transition.dtype, given.dtype)
-    transition, write, readout = (x.to(kind) for x in (system.transition, system.input, system.readout))
+    transition, write, readout = system.transition, system.input, system.readout
     batch, time, heads, states = readout.shape
     S = torch.zeros(batch, heads, states, given.shape[-1], dtype=kind, device=given.device)
     outputs = []
     for t in range(time):
         if starts is not None:
             S = torch.where(starts[:, t], 0, S)
-        moved = transition[:, t] @ S if transition.ndim == 5 else transition[:, t, ..., None] * S
-        after = moved + write[:, t] @ given[:, t].to(kind)
-        o = (readout[:, t, :, None] @ (S if system.reads_before else after))[:, :, 0]
+        forget, drive, read = transition[:, t].to(kind), write[:, t].to(kind), readout[:, t, :, None].to(kind)
+        moved = forget @ S if transition.ndim == 5 else forget[..., None] * S
+        after = moved + drive @ given[:, t].to(kind)
+        o = (read @ (S if system.reads_before else after))[:, :, 0]
         if system.skip is not None:
             o = o + (system.skip[:, t, :, None].to(kind) @ given[:, t].to(kind))[:, :, 0]
         if valid is not None:

@@ -59,13 +59,26 @@ def _selective_scan(
     skip = None if d is None else (gate * d)[..., None]
     values = x[..., None, None]
     return Matrices(
-        transition, step[..., None, None] * b[:, :, None, :, None], gate[..., None] * c[:, :, None], values, segments, skip
+        transition,
+        step[..., None, None] * b[:, :, None, :, None],
+        gate[..., None] * c[:, :, None],
+        values,
+        segments,
+        skip,
     )
 
 
 def _diagonal_ssm(u: Tensor, decay: Tensor, weight: Tensor, state: Any, segments: Segments | None) -> Matrices:
     transition, readout = (part.expand(*u.shape[:2], *part.shape) for part in (decay, weight))
     return Matrices(transition, torch.ones_like(readout)[..., None], readout, u[..., None, None], segments)
+
+
+def _dense_ssm(u: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Any, segments: Segments | None) -> Matrices:
+    """Each of the M outputs of a channel is a head."""
+    count = c.shape[1]
+    transition, write = (part.repeat_interleave(count, 0).expand(*u.shape[:2], *[-1] * part.ndim) for part in (a, b))
+    values = u.repeat_interleave(count, 2)[..., None, None]
+    return Matrices(transition, write[..., None], c.flatten(0, 1).expand_as(write), values, segments)
 
 
 def _sru(
@@ -136,7 +149,9 @@ def _mlstm(
     # In the op, memory and normaliser are kept relative to exp(m); here, relative to the largest of them all.
     top = m.amax(1, keepdim=True)
     q = q * (1.0 if scale is None else scale)
-    system = Matrices(_decay(log_decay, q), ((log_input - top).exp()[..., None] * k)[..., None], q, v[..., None, :], segments)
+    system = Matrices(
+        _decay(log_decay, q), ((log_input - top).exp()[..., None] * k)[..., None], q, v[..., None, :], segments
+    )
 
     read = run(dataclasses.replace(system, values=torch.ones_like(system.values[..., :1])))[..., 0]
     eta = torch.maximum(read.abs(), torch.exp(-top)) + eps * torch.exp(m - top)
@@ -199,13 +214,15 @@ def _slot_scores(
     return Matrices(decay[..., None], keys[..., None], readout, values[..., None, None], segments)
 
 
-# -- everything kept: the state is a slot for each token, and forgetting is in the read-out ------------------------------
+# -- everything kept: the state is a slot for each token, and forgetting is in the read-out ----------------------------
 def _cache(readout: Tensor, values: Tensor, segments: Segments | None) -> Matrices:
     """readout (B, T, H, T) of one slot for each token, values (B, T, H, V)."""
     batch, time, heads, _ = readout.shape
     slot = torch.eye(time, dtype=readout.dtype, device=readout.device)
     number = torch.ones_like(readout[..., :1])
-    return Matrices(number, slot[:, None, :, None].expand(batch, time, heads, time, 1), readout, values[..., None, :], segments)
+    return Matrices(
+        number, slot[:, None, :, None].expand(batch, time, heads, time, 1), readout, values[..., None, :], segments
+    )
 
 
 def _visible(like: Tensor, window: float, segments: Segments | None) -> tuple[Tensor, Tensor]:
@@ -261,6 +278,7 @@ def _long_convolution(x: Tensor, filter: Tensor, state: Any, segments: Segments 
 MEMBERS: dict[str, Callable[..., Matrices]] = {
     "attention": _attention,
     "delta_rule": _delta_rule,
+    "dense_ssm": _dense_ssm,
     "diagonal_ssm": _diagonal_ssm,
     "dplr": _dplr,
     "linear_attention": _linear_attention,

@@ -119,7 +119,9 @@ def _draw_eigenvalues(panel: Axes, view: View) -> None:
             panel.scatter(real[:, heads], imaginary[:, heads], s=dot, color=colour, alpha=alpha, linewidth=0, zorder=2)
     outside = float((np.abs(real) > limit).mean()) if len(real) else 0.0
     if outside > 0:
-        panel.text(0.98, 0.02, f"{outside:.1%} further out", transform=panel.transAxes, ha="right", fontsize=8, color=INK)
+        panel.text(
+            0.98, 0.02, f"{outside:.1%} further out", transform=panel.transAxes, ha="right", fontsize=8, color=INK
+        )
     panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     panel.tick_params(labelsize=8, colors=INK)
     for spine in panel.spines.values():

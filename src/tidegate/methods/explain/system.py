@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.methods.explain.matrices import Matrices, run
+from tidegate.methods.explain.matrices import Matrices, constant, run
 from tidegate.methods.explain.members import MEMBERS
 from tidegate.segments import Segments
 
@@ -132,7 +132,11 @@ class System:
     def eigenvalues(self) -> Tensor:
         """(B, T, H, 1 or N) complex: those of every token's transition. The first of a document acts on nothing."""
         transition = self.transition
-        return torch.linalg.eigvals(transition) if transition.ndim == 5 else transition.to(torch.complex128)
+        if transition.ndim == 4:
+            return transition.to(torch.complex128)
+        if constant(transition):  # one matrix for all tokens
+            return torch.linalg.eigvals(transition[:1, :1]).expand(transition.shape[:-1])
+        return torch.linalg.eigvals(transition)
 
     @cached_property
     def decay_profile(self) -> Tensor:

@@ -99,13 +99,13 @@ class Cell:
         """
         matrices, vectors, state = self._check(inputs, matrices, vectors, state, gradient_clip, truncate)
         wide = state.dtype
-        given = [zero_padding(inputs, segments).to(wide), matrices.to(wide), vectors.to(wide), state]
-        how = (segments, float(gradient_clip or 0.0), truncate or 0)
+        inputs_wide = zero_padding(inputs, segments).to(wide)
+        clip, cut = float(gradient_clip or 0.0), truncate or 0
         if choose(inputs) == "numba" and inputs.shape[0]:
             from tidegate.ops.cell.numba_cpu import run
         else:
             from tidegate.ops.cell.reference import run
-        y, state = run(self, *given, *how)
+        y, state = run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, clip, cut)
         return y.to(inputs.dtype), state
 
     def _check(

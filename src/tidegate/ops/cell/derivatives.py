@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import sympy
 from sympy import Expr, Symbol
 
-from tidegate.ops.cell.equations import Let, Mean, Product, Program, Step
+from tidegate.ops.cell.equations import Let, Mean, Product, Program
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def _closure(program: Program, here: list[Symbol]) -> list[Let]:
     return lets[::-1]
 
 
-def _shared(
-    lets: list[Let], results: list[tuple[Symbol, Expr]], more: list[tuple[Symbol, Expr]] | None = None
-) -> Pass:
+def _shared(lets: list[Let], results: list[tuple[Symbol, Expr]], more: list[tuple[Symbol, Expr]] | None = None) -> Pass:
     """One list of assignments in which every subexpression is computed once, in an order that works."""
     named = [(let.symbol, let.expression) for let in lets] + (more or [])
     expressions = [expression for _, expression in [*named, *results]]
@@ -129,5 +127,3 @@ def loads(done: Pass) -> set[Symbol]:
     assigned = {symbol for symbol, _ in done.lets}
     read = {s for _, e in [*done.lets, *done.results] for s in e.free_symbols}
     return read - assigned
-
-

@@ -17,8 +17,8 @@ import sympy
 from sympy import Expr, Function, Symbol
 
 
-# -- functions -----------------------------------------------------------------------------------------------------------
-class where_negative(Function):  # noqa: N801
+# -- functions ---------------------------------------------------------------------------------------------------------
+class where_negative(Function):
     """yes where condition < 0, else no."""
 
     nargs = 3
@@ -30,7 +30,7 @@ class where_negative(Function):  # noqa: N801
         return where_negative(condition, *((1, 0) if argindex == 2 else (0, 1)))
 
 
-class sigmoid(Function):  # noqa: N801
+class sigmoid(Function):
     """1 / (1 + exp(-x))"""
 
     nargs = 1
@@ -39,35 +39,35 @@ class sigmoid(Function):  # noqa: N801
         return self * (1 - self)
 
 
-class tanh(Function):  # noqa: N801
+class tanh(Function):
     nargs = 1
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return 1 - self * self
 
 
-class exp(Function):  # noqa: N801
+class exp(Function):
     nargs = 1
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return self
 
 
-class log(Function):  # noqa: N801
+class log(Function):
     nargs = 1
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return 1 / self.args[0]
 
 
-class sqrt(Function):  # noqa: N801
+class sqrt(Function):
     nargs = 1
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return sympy.Rational(1, 2) / self
 
 
-class softplus(Function):  # noqa: N801
+class softplus(Function):
     """log(1 + exp(x))"""
 
     nargs = 1
@@ -94,7 +94,7 @@ FUNCTIONS: dict[str, tuple[int, Any]] = {
 _COMPARISONS = {ast.Lt: (1, False), ast.Gt: (-1, False), ast.GtE: (1, True), ast.LtE: (-1, True)}  # sign, exchanged
 
 
-# -- steps ---------------------------------------------------------------------------------------------------------------
+# -- steps -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Let:
     """symbol = expression, channel by channel."""
@@ -215,10 +215,7 @@ class _Reader:
             raise self.error(target, f"{name!r} has a meaning already and cannot be assigned")
         value = self.expression(statement.value)
         count = sum(str(symbol).split("'")[0] == name for symbol in self.lines)
-        if name in self.states or count:
-            symbol = Symbol(name + "'" * (count + 1))
-        else:
-            symbol = Symbol(name)
+        symbol = Symbol(name + "'" * (count + 1)) if name in self.states or count else Symbol(name)
         self.now[name] = symbol
         self.let(symbol, value)
 

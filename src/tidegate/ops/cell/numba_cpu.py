@@ -46,7 +46,7 @@ def run(
     return _call(cell.key, inputs, matrices, vectors, state, codes, clip, cut)[:2]
 
 
-# -- compilation -----------------------------------------------------------------------------------------------------------
+# -- compilation -------------------------------------------------------------------------------------------------------
 @functools.cache
 def _fingerprint() -> bytes:
     """Of everything that generated kernels are made from: another version of it must not meet an old cache."""
@@ -77,7 +77,7 @@ def compiled(key: str) -> ModuleType:
     return module
 
 
-# -- operators -------------------------------------------------------------------------------------------------------------
+# -- operators ---------------------------------------------------------------------------------------------------------
 def _rows(batch: int) -> int:
     return 8 if batch < 32 else 16 if batch < 128 else 32
 
@@ -240,8 +240,8 @@ def _formula(ctx, dy, dlast, *_):
         return (None, *found, None, None, None)
     segments = None if codes is None else Segments(codes == 1, codes != 2)
 
-    def form(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return reference.run(find(ctx.key), *tensors, segments, ctx.clip, ctx.cut)
+    def form(x: Tensor, matrices: Tensor, vectors: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        return reference.run(find(ctx.key), x, matrices, vectors, state, segments, ctx.clip, ctx.cut)
 
     found = kernels.differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
     return (None, *found, None, None, None)

@@ -76,10 +76,7 @@ def run(
             before = torch.where(flags[0][:, None, None, None], 0, before)
         # Unbound in here: a traced loop may not hold two views of one tensor.
         output, new = cell.step(now.unbind(1), matrices.unbind(0), scales.unbind(0), before.unbind(1))
-        if len(cell.states) == 1:
-            after = new[0][:, None]
-        else:
-            after = torch.stack(new, 1)
+        after = new[0][:, None] if len(cell.states) == 1 else torch.stack(new, 1)
         if flags:
             real = flags[1][:, None, None]
             return (torch.where(real[..., None], after, kept),), torch.where(real, output, 0)
@@ -101,7 +98,7 @@ class _Gate(torch.autograd.Function):
         return state.view_as(state)
 
     @staticmethod
-    def backward(ctx: Any, flow: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, flow: Tensor) -> Any:
         if ctx.stop:
             return torch.zeros_like(flow), None, None, None
         return (flow.clamp(-ctx.clip, ctx.clip) if ctx.clip else flow), None, None, None

@@ -6,7 +6,6 @@ loops over time, in which only the calls and the places of their operands differ
 
 from __future__ import annotations
 
-import keyword
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,66 +13,12 @@ from sympy import Expr, Symbol
 
 from tidegate.ops.cell import derivatives
 from tidegate.ops.cell.derivatives import Pass, gradient
-from tidegate.ops.cell.equations import FUNCTIONS, Let, Mean, Product, Program
-
-_RESERVED = {*FUNCTIONS, "where_negative", "torch", "state", "inputs", "matrices", "vectors", "new"}
+from tidegate.ops.cell.equations import Let, Product, Program
 
 
-# -- expressions ---------------------------------------------------------------------------------------------------------
-def identifier(symbol: Symbol | str) -> str:
-    """A Python name for a symbol: h' is h_new, U @ h is U_h, the gradient of i is d_i."""
-    name = re.sub(r"\W", "_", str(symbol).replace("'", "_new").replace("@", "_of_"))
-    return name + "_" if keyword.iskeyword(name) or name in _RESERVED else name
-
-
-def emit(expression: Expr) -> str:
-    """An expression as Python, of + - * / and calls alone."""
-    if isinstance(expression, Symbol):
-        return identifier(expression)
-    if expression.is_Number:
-        value = float(expression)
-        return f"{value!r}" if value >= 0 else f"({value!r})"
-    if expression.is_Add:
-        text = ""
-        for term in sorted(expression.args, key=lambda term: (term.is_Number is not True, _negative(term), str(term))):
-            if not text:
-                text = emit(term)
-            else:
-                text += f" - {_factor(-term)}" if _negative(term) else f" + {_factor(term)}"
-        return text
-    if expression.is_Mul:
-        over = [factor for factor in expression.args if factor.is_Pow and factor.exp.is_negative]
-        above = [factor for factor in expression.args if factor not in over]
-        minus = bool(above) and above[0] == -1
-        text = " * ".join(map(_factor, above[1:] if minus else above)) or "1.0"
-        for factor in over:
-            text += f" / {_factor(1 / factor)}"
-        return f"-{text}" if minus else text
-    if expression.is_Pow:
-        base, power = expression.args
-        if int(power) < 0:
-            return f"1.0 / {_factor(1 / expression)}"
-        return " * ".join([_factor(base)] * int(power))
-    return f"{type(expression).__name__}({', '.join(map(emit, expression.args))})"
-
-
-def _negative(term: Expr) -> bool:
-    return bool(term.is_Mul and term.args[0].is_Number and term.args[0] < 0)
-
-
-def _factor(expression: Expr) -> str:
-    text = emit(expression)
-    simple = isinstance(expression, Symbol) or expression.is_Function or (expression.is_Number and expression >= 0)
-    return text if simple else f"({text})"
-
-
-def _assignments(lets: Iterable[tuple[Symbol, Expr]], indent: str = "    ") -> str:
-    return "".join(f"{indent}{identifier(symbol)} = {emit(expression)}\n" for symbol, expression in lets)
-
-
-# -- PyTorch -------------------------------------------------------------------------------------------------------------
+# -- PyTorch -----------------------------------------------------------------------------------------------------------
 def torch_step(program: Program) -> str:
-    """One token: `(output, new states) = step(inputs, matrices, vectors, states)`, tuples of (B, H, d) and (H, d, d)."""
+    """One token: `output, states = step(inputs, matrices, vectors, states)`, tuples of (B, H, d) and (H, d, d)."""
 
     def unpack(names: Iterable[str], what: str) -> str:
         listed = [identifier(name) for name in names]
@@ -94,7 +39,7 @@ def torch_step(program: Program) -> str:
     return lines + f"    return {identifier(program.output)}, ({new},)\n"
 
 
-# -- kernels -------------------------------------------------------------------------------------------------------------
+# -- kernels -----------------------------------------------------------------------------------------------------------
 _HEAD = '''"""Kernels of a cell, written by tidegate.ops.cell from these equations:
 
 {equations}
@@ -193,9 +138,7 @@ class Kernels:
             return [(k, found[gradient(name)]) for k, found in enumerate(results) if gradient(name) in found]
 
         averaged = {symbol for mean in self.means for symbol in mean.operands}
-        of_products = {
-            str(flows(p.symbol)): p.matrix for p in reversed(self.matrices) if p.symbol not in averaged
-        }
+        of_products = {str(flows(p.symbol)): p.matrix for p in reversed(self.matrices) if p.symbol not in averaged}
         names = [*self.program.inputs, *self.program.vectors]
         return {name: of_products[key] for name in names if (key := str(flows(Symbol(name)))) in of_products}
 
@@ -232,10 +175,10 @@ class Kernels:
             places[mean.symbol] = f"(mu, at_m + {q} * B + r)"
         return places
 
-    def _function(self, name: str, done: Pass, loads: Mapping[Symbol, str], extra: Mapping[str, str] = {}) -> str:  # noqa: B006
+    def _function(self, name: str, done: Pass, loads: Mapping[Symbol, str], extra: Mapping[str, str] = {}) -> str:
         """Write a pass as a function; gives its call's inputs as text."""
         arguments = [*(identifier(symbol) for symbol in loads), *extra]
-        body = f"def _{name}({', '.join(arguments)}):\n" + _assignments(done.lets)
+        body = f"def _{name}({', '.join(arguments)}):\n" + assignments(done.lets)
         results = ", ".join(emit(expression) for _, expression in done.results)
         self.passes.append(body + f"    return {results}\n\n\n")
         return ", ".join([*loads.values(), *extra.values()]) + ","
@@ -252,7 +195,8 @@ class Kernels:
                     f"mean_{q} = elementwise(_mean_{q}, total=True)\n\n\n"
                 )
                 operands = ", ".join(place.replace(" + r * row", " + 0 * row") for place in loads.values())
-                text += f"            mean_{q}(rows, d, ((mu, at_m + {q} * B),), ({operands}, 1.0 / ({len(mean.operands)} * d)))\n"
+                share = f"1.0 / ({len(mean.operands)} * d)"
+                text += f"            mean_{q}(rows, d, ((mu, at_m + {q} * B),), ({operands}, {share}))\n"
         first = 0
         for g, group in enumerate(self.groups):
             if group[0].level == level:
@@ -261,7 +205,8 @@ class Kernels:
                     operand = f"e, at_e + {k} * D, row_e"
                 else:
                     operand = f"scratch, {self._state(group[0].operand)} * R * w, w"
-                text += f"            multiply(rows, {len(group)} * d, p, at_p + {first} * d, row_p, {operand}, u{g}, head, d)\n"
+                product = f"p, at_p + {first} * d, row_p, {operand}, u{g}, head, d"
+                text += f"            multiply(rows, {len(group)} * d, {product})\n"
             first += len(group)
         done = derivatives.forward(program, level)
         if not done.results:
@@ -279,9 +224,7 @@ class Kernels:
 
     def _targets(self, symbol: Symbol) -> list[str]:
         """Where a root is stored: new states in the scratch, which has been saved."""
-        targets = [
-            f"(scratch, ({s} * R + r) * w, w)" for s, new in enumerate(self.program.new) if new == symbol
-        ]
+        targets = [f"(scratch, ({s} * R + r) * w, w)" for s, new in enumerate(self.program.new) if new == symbol]
         if symbol == self.program.output:
             targets.append("(y, at_y + r * row_y, row_y)")
         if symbol in self.kept:
@@ -330,7 +273,9 @@ class Kernels:
     def _unwritten(self) -> str:
         """Clear the gradients that a step's passes may leave alone, or that a mean adds to first."""
         text = ""
-        flowing = {target for k in range(self.program.levels) for target, _ in derivatives.backward(self.program, k).results}
+        flowing = {
+            target for k in range(self.program.levels) for target, _ in derivatives.backward(self.program, k).results
+        }
         flowing |= {gradient(group[0].operand) for group in self.groups}
         averaged = {gradient(symbol) for mean in self.means for symbol in mean.operands}
         for s, name in enumerate(self.program.states):
@@ -391,7 +336,7 @@ class Kernels:
         if results:
             arguments = ", ".join([*map(identifier, loads), *extra])
             self.passes.append(
-                f"def _backward_{level}({arguments}):\n{lines}{_assignments(_needed(done, results))}"
+                f"def _backward_{level}({arguments}):\n{lines}{assignments(_needed(done, results))}"
                 f"    return {', '.join(results)}\n\n\nbackward_{level} = elementwise(_backward_{level})\n\n\n"
             )
             inputs = ", ".join([*loads.values(), *extra.values()]) + ","
@@ -403,7 +348,7 @@ class Kernels:
             name = f"backward_{level}_mean_{q}"
             arguments = ", ".join([*map(identifier, loads), *seeding])
             self.passes.append(
-                f"def _{name}({arguments}):\n{lines}{_assignments(done.lets)}    return {emit(expression)}\n\n\n"
+                f"def _{name}({arguments}):\n{lines}{assignments(done.lets)}    return {emit(expression)}\n\n\n"
                 f"{name} = elementwise(_{name}, total=True)\n\n\n"
             )
             inputs = ", ".join([*loads.values(), *seeding.values()]) + ","

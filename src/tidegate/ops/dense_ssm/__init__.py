@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.segments import Segments, zero_padding
 
 __all__ = ["dense_ssm"]
 
 
+@recurrence
 def dense_ssm(
     u: Tensor,
     a: Tensor,

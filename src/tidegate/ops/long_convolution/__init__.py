@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.ops.slots import append
 from tidegate.segments import Segments, zero_padding
 
@@ -14,6 +15,7 @@ __all__ = ["long_convolution", "two_sided_convolution"]
 Past = tuple[Tensor, Tensor]
 
 
+@recurrence
 def long_convolution(
     x: Tensor, filter: Tensor, *, state: Past | None = None, segments: Segments | None = None
 ) -> tuple[Tensor, Past]:

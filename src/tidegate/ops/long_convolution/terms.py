@@ -14,7 +14,7 @@ from tidegate.ops.vector import fill, load, load_some, store, store_some
 
 BLOCK = 8  # sums formed side by side
 EDGE = BLOCK * LANES  # zeros around a row of scratch, so that a block may reach over its ends
-SPAN, TILE = 8 * LANES, 64  # channels and tokens turned from rows to columns at a time
+SPAN, TILE = 2 * LANES, 128  # channels and tokens turned from rows to columns at a time
 ZERO = np.float32(0.0)
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tidegate.segments import Segments
 from tidegate.cache import cache_folder
+from tidegate.segments import Segments
 from tidegate.tasks.language.corpus import Document, Source, open_source, tail_at_paragraph
 from tidegate.tasks.language.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer
 
