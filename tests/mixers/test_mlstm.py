@@ -116,15 +116,27 @@ def test_mlstm_with_the_sigmoid_gate_is_gated_linear_attention(x):
 
 
 @pytest.mark.parametrize("oracle", [step_by_step, all_pairs])
-@pytest.mark.parametrize("options", [{}, {"norm": "rms", "gate_cap": 3.0, "block_width": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "rms", "gate_cap": 3.0, "block_width": 8},
+        {"input_gate": "sigmoid", "normalise": True},
+        {"preset": "sigmoid"},
+    ],
+    ids=str,
+)
 def test_mlstm_pre_up(x, oracle, options):
     mixer = awake("mlstm-pre-up", **options)
+    oracle = oracle if mixer.normalised else without_normaliser
     u, z = (x @ mixer.up_proj.weight.T).chunk(2, -1)
     window = functional.pad(u.mT, (3, 0))
     c = functional.conv1d(window, mixer.convolution.weight[:, None], mixer.convolution.bias, groups=64).mT
     c = functional.silu(c)
     q, k, v = (part @ torch.block_diag(*w) for part, w in zip((c, c, u), mixer.qkv_blocks, strict=True))
     i, log_f = gates(torch.cat([q, k, v], -1) @ mixer.gates.weight.T, mixer.gate_bias, mixer.gate_cap)
+    if mixer.input_gate == "sigmoid":
+        i = torch.log(torch.sigmoid(i))
     h = normalised(oracle(heads(q), heads(k), heads(v), i, log_f), mixer.norm, 1e-5) * mixer.norm_weight
     expected = ((h + mixer.skip * c) * functional.silu(z)) @ mixer.down_proj.weight.T
     tolerance = 1e-9 if oracle is step_by_step else 1e-4
@@ -138,6 +150,7 @@ def test_mlstm_pre_up(x, oracle, options):
         (MLSTM, {"input_gate": "sigmoid", "normalise": True}),
         (MLSTM, {"gate_cap": None, "norm": "rms"}),
         (MLSTMPreUp, {"gate_cap": 15.0, "norm": "rms"}),
+        (MLSTMPreUp, {"input_gate": "sigmoid"}),
     ],
     ids=str,
 )
@@ -197,6 +210,8 @@ def test_a_closed_input_gate_is_suppressed_by_the_norm():
         ("mlstm-pre-up", {"num_heads": 3}, "num_heads: "),
         ("mlstm-pre-up", {"block_width": 7}, "block_width: seen 7"),
         ("mlstm-pre-up", {"norm": "group"}, "norm: seen 'group'"),
+        ("mlstm-pre-up", {"input_gate": "tanh"}, "input_gate: seen 'tanh'"),
+        ("mlstm-pre-up", {"normalise": False}, "normalise: the exponential gate"),
     ],
 )
 def test_bad_options_are_explained(name, options, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tidegate.methods.explain import System
+    from tidegate.methods.explain.picture import View
     from tidegate.tasks.language.tokenizer import Tokenizer
 
 LONGEST = 512  # tokens: matrices grow with their square
@@ -35,7 +37,7 @@ def explain(
 
     from tidegate.cli import output
     from tidegate.methods.explain import explain as look
-    from tidegate.methods.explain.picture import picture
+    from tidegate.methods.explain.picture import View, picture
     from tidegate.models.language import LanguageModel
     from tidegate.state import write_atomically
     from tidegate.tasks.language.tokenizer import load_tokenizer
@@ -53,8 +55,9 @@ def explain(
 
     path = out or run / "explain.png"
     titles = [f"layer {index}  {_title(system, names[index], model)}" for index, system in shown]
-    write_atomically(path, picture([system for _, system in shown], titles, tokens))
-    rows = [_numbers(index, names[index], system) for index, system in shown]
+    views = [View.of(system) for _, system in shown]
+    write_atomically(path, picture(views, titles, tokens))
+    rows = [_numbers(index, names[index], view) for (index, _), view in zip(shown, views, strict=True)]
     if as_json:
         output.print_json({"picture": str(path), "tokens": tokens, "recurrences": rows})
         return
@@ -92,22 +95,25 @@ def _names(names: list[str], indices: Any) -> str:
     return ", ".join(f"layer {index} ({names[index]})" for index in indices)
 
 
-def _numbers(index: int, mixer: str, system: System) -> dict[str, Any]:
-    from tidegate.methods.explain.picture import View
-
-    view = View.of(system)
-    memory, constant = (x[0].tolist() for x in (view.system.memory_length, view.system.time_constant))
-    heads: dict[str, Any] = {"heads": view.count, "shown_heads": view.heads}
+def _numbers(index: int, mixer: str, view: View) -> dict[str, Any]:
     return {
         "layer": index,
         "mixer": mixer,
-        "recurrence": system.op,
-        **heads,
-        "memory_length": memory,
-        "time_constant": constant,
+        "recurrence": view.system.op,
+        "heads": view.count,
+        "shown_heads": view.heads,
+        "memory_length": _finite(view.system.memory_length[0].tolist()),
+        "time_constant": _finite(view.system.time_constant[0].tolist()),
     }
 
 
-def _range(values: list[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.1f}" if len(values) == 1 else f"{low:.1f} to {high:.1f}"
+def _finite(numbers: list[float]) -> list[float | None]:
+    """For JSON, which has neither infinity nor NaN."""
+    return [number if math.isfinite(number) else None for number in numbers]
+
+
+def _range(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    return f"{min(known):.1f}" + (f" to {max(known):.1f}" if len(values) > 1 else "")

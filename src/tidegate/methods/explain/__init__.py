@@ -107,7 +107,7 @@ def _check_empty(layer: str, state: Any) -> None:
     leaves = state if isinstance(state, tuple) else () if state is None else (state,)
     if any(leaf.any() for leaf in leaves):
         raise ValueError(
-            f"{layer or 'state'}: begins with a state that is not empty; explain needs the whole sequence from its start"
+            f"{layer or 'state'}: begins with a state that is not empty; explain needs the sequence from its start"
         )
 
 

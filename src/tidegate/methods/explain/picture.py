@@ -43,22 +43,19 @@ class View:
 
 
 def picture(systems: Sequence[System], titles: Sequence[str], tokens: Sequence[str] = (), *, title: str = "") -> bytes:
-    """A PNG with a row per system; `tokens` are written along the axes where they are few and the system has as many."""
+    """A PNG with a row per system; `tokens` are written along the axes where they are few, and the system's."""
     from matplotlib.figure import Figure
 
     rows = len(systems)
     figure = Figure(figsize=(13.5, 4.3 * rows + 0.6), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.15, 1, 1.25))
-    for (attention, circle, fading), system, name in zip(panels, systems, titles, strict=True):
-        view = View.of(system)
+    for (attention, circle, fading), view, name in zip(panels, views, titles, strict=True):
         _draw_attention(attention, view, tokens)
         _draw_eigenvalues(circle, view)
         _draw_profile(fading, view)
         attention.set_title(name, loc="left", fontsize=12, fontweight="bold", color=INK)
         circle.set_title("eigenvalues of the transitions", fontsize=10, color=INK)
         fading.set_title("how it fades", fontsize=10, color=INK)
-    if title:
-        figure.suptitle(title, fontsize=12, color=INK)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()

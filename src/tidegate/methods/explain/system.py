@@ -49,7 +49,7 @@ class System:
     # -- the system ------------------------------------------------------------------------------------------------
     @property
     def transition(self) -> Tensor:
-        """(B, T, H, 1) a number, (B, T, H, N) a diagonal, or (B, T, H, N, N). The first of a document acts on nothing."""
+        """(B, T, H, 1) a number, (B, T, H, N) a diagonal, or (B, T, H, N, N). A document's first acts on nothing."""
         plain = self.matrices.transition
         if self.matrices.log_normaliser is None:
             return plain
@@ -130,7 +130,7 @@ class System:
     # -- what it remembers -----------------------------------------------------------------------------------------
     @cached_property
     def eigenvalues(self) -> Tensor:
-        """(B, T, H, 1 or N) complex: those of every token's transition. The first of a document acts on nothing."""
+        """(B, T, H, 1 or N) complex: those of every token's transition. A document's first acts on nothing."""
         transition = self.transition
         if transition.ndim == 4:
             return transition.to(torch.complex128)

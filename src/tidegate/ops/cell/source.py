@@ -14,6 +14,7 @@ from sympy import Expr, Symbol
 from tidegate.ops.cell import derivatives
 from tidegate.ops.cell.derivatives import Pass, gradient
 from tidegate.ops.cell.equations import Let, Product, Program
+from tidegate.ops.cell.printing import assignments, emit, identifier
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from tidegate.ops import kernels
 from tidegate.ops.kernels import LANES
 from tidegate.ops.long_convolution import parallel, terms
-from tidegate.ops.long_convolution.terms import BLOCK, EDGE, SPAN, TILE
+from tidegate.ops.long_convolution.terms import BLOCK, EDGE, TILE
 from tidegate.ops.slots import append
 from tidegate.segments import Segments
 
@@ -118,14 +118,14 @@ def _pieces(documents: Documents, dim: int) -> Iterator[tuple[int, int, int, lis
 def _columns(documents: Documents, x: np.ndarray, past: np.ndarray, low: int, high: int, size: int) -> Tensor:
     """The documents' tokens, channels `low` to `high`: (documents, channels, size), zeros behind them."""
     out, (source, begins, ends, _) = torch.empty(len(documents.ends), high - low, size), documents
-    problems = len(ends) * -(-(high - low) // SPAN)
+    problems = len(ends) * -(-(high - low) // LANES)
     kernels.run(terms.to_columns, problems, x, past, source, begins, ends, low, out.numpy(), scratch=TILE * LANES)
     return out
 
 
 def _rows(columns: Tensor, documents: Documents, low: int, y: np.ndarray, past: np.ndarray) -> None:
     """The way back, for the tokens from `firsts` on."""
-    problems = len(documents.ends) * -(-columns.shape[1] // SPAN)
+    problems = len(documents.ends) * -(-columns.shape[1] // LANES)
     kernels.run(terms.to_rows, problems, columns.numpy(), *documents, low, y, past, scratch=TILE * LANES)
 
 

@@ -14,7 +14,7 @@ from tidegate.ops.vector import fill, load, load_some, store, store_some
 
 BLOCK = 8  # sums formed side by side
 EDGE = BLOCK * LANES  # zeros around a row of scratch, so that a block may reach over its ends
-SPAN, TILE = 2 * LANES, 128  # channels and tokens turned from rows to columns at a time
+TILE = 64  # tokens turned from rows to columns at a time
 ZERO = np.float32(0.0)
 
 
@@ -220,42 +220,28 @@ def backward(begin, end, s, x, past, taps, front, longest, source, ends, firsts,
 
 
 # -- between rows and columns ------------------------------------------------------------------------------------------
-@jit_views
-def _turn(s, target, document, channel, some, tile, many):
-    """`many` vectors of scratch into as many columns of target[document], from `tile` on."""
-    for lane in range(some):
-        row = target[document, channel + lane, tile : tile + many]
-        for i in range(many):
-            row[i] = s[i * LANES + lane]
-
-
-@jit_views
-def _turn_back(s, source, document, channel, some, tile, many):
-    for lane in range(some):
-        row = source[document, channel + lane, tile : tile + many]
-        for i in range(many):
-            s[i * LANES + lane] = row[i]
-
-
 @jit
 def to_columns(begin, end, s, x, past, source, begins, ends, low, out):
     """out (documents, channels, size): channel `low` and the next ones of each document, then zeros.
 
-    A problem is a document and SPAN channels: rows are read in pieces of some cache lines, and each piece once.
+    A problem is a document and LANES channels. More would be read from the same cache lines, but columns lie a power of
+    two apart, and what is written to many of them evicts itself.
     """
     wide_vectors()
     dim, width = x.shape[1], out.shape[1]
-    spans = (width + SPAN - 1) // SPAN
+    groups = (width + LANES - 1) // LANES
     for problem in range(begin, end):
-        document, start = problem // spans, problem % spans * SPAN
-        first, n, stop = begins[document], ends[document] - begins[document], min(start + SPAN, width)
+        document, channel = problem // groups, problem % groups * LANES
+        first, n, some = begins[document], ends[document] - begins[document], min(LANES, width - channel)
         for tile in range(0, n, TILE):
             many = min(TILE, n - tile)
-            for channel in range(start, stop, LANES):
-                _copy_in(x, past, source, first + tile, many, low + channel, dim, s, 0, LANES)
-                _turn(s, out, document, channel, min(LANES, stop - channel), tile, many)
-        for channel in range(start, stop):
-            out[document, channel, n:] = ZERO
+            _copy_in(x, past, source, first + tile, many, low + channel, dim, s, 0, LANES)
+            for lane in range(some):
+                row = out[document, channel + lane, tile : tile + many]
+                for i in range(many):
+                    row[i] = s[i * LANES + lane]
+        for lane in range(some):
+            out[document, channel + lane, n:] = ZERO
 
 
 @jit
@@ -263,18 +249,19 @@ def to_rows(begin, end, s, columns, source, begins, ends, firsts, low, y, past):
     """The way back, for the tokens from `firsts` on."""
     wide_vectors()
     dim, width = y.shape[1], columns.shape[1]
-    spans = (width + SPAN - 1) // SPAN
+    groups = (width + LANES - 1) // LANES
     for problem in range(begin, end):
-        document, start = problem // spans, problem % spans * SPAN
-        first, n, stop = begins[document], ends[document] - begins[document], min(start + SPAN, width)
+        document, channel = problem // groups, problem % groups * LANES
+        first, n, some = begins[document], ends[document] - begins[document], min(LANES, width - channel)
         for tile in range(firsts[document], n, TILE):
             many = min(TILE, n - tile)
-            for channel in range(start, stop, LANES):
-                some = min(LANES, stop - channel)
-                _turn_back(s, columns, document, channel, some, tile, many)
+            for lane in range(some):
+                row = columns[document, channel + lane, tile : tile + many]
                 for i in range(many):
-                    row = source[first + tile + i]
-                    if row >= 0:
-                        store_some(y, row * dim + low + channel, load(s, i * LANES), some)
-                    else:
-                        store_some(past, ~row * dim + low + channel, load(s, i * LANES), some)
+                    s[i * LANES + lane] = row[i]
+            for i in range(many):
+                row_number = source[first + tile + i]
+                if row_number >= 0:
+                    store_some(y, row_number * dim + low + channel, load(s, i * LANES), some)
+                else:
+                    store_some(past, ~row_number * dim + low + channel, load(s, i * LANES), some)
