@@ -41,7 +41,8 @@ class Matrices:
                 return x[:1, :1, heads].expand(*x.shape[:2], *[-1] * (x.ndim - 2))
             return x[:, :, heads]
 
-        return Matrices(**{name: taken(x) if isinstance(x, Tensor) else x for name, x in parts.items()})
+        cut: dict[str, Any] = {name: taken(x) if isinstance(x, Tensor) else x for name, x in parts.items()}
+        return Matrices(**cut)
 
     def first(self) -> Tensor:
         """(B, T) where nothing came before, so that a transition acts on nothing, or where there is only padding."""
