@@ -39,6 +39,13 @@ def test_work_adds_up():
         (counts.dplr(SHAPE), ROWS * STATE * 9, ROWS * STATE * 18, ROWS * (5 * 4 + 5), ROWS * 5),
         (counts.scan(SHAPE), 2 * CHANNELS, 3 * CHANNELS, 2 * CHANNELS, CHANNELS),
         (counts.short_convolution(SHAPE), 8 * CHANNELS, 16 * CHANNELS, CHANNELS, CHANNELS),
+        (
+            counts.long_convolution(SHAPE),  # 2 rows of 16 tokens; 32 numbers in an FFT, 5 log2(32) per token
+            25 * (2 * CHANNELS + CHANNELS // 2) + 6 * CHANNELS,
+            25 * (3 * CHANNELS + CHANNELS) + 14 * CHANNELS,
+            CHANNELS + CHANNELS // 2,
+            CHANNELS,
+        ),
         (counts.gated_norm(SHAPE), 18 * CHANNELS, 16 * CHANNELS, 2 * CHANNELS, CHANNELS),
         (
             counts.selective_scan(SHAPE),
@@ -67,6 +74,13 @@ def test_a_matrix_is_two_operations_per_weight_and_token():
 def test_attention_looks_at_every_earlier_token():
     matrices = 2 * sum(p.numel() for p in build("attention", 64).parameters() if p.ndim > 1)
     assert work("attention", 3, 10, 64)[0].flops == 3 * (10 * matrices + 4 * 64 * 55)
+
+
+def test_a_long_convolution_is_an_fft():
+    matrices = 2 * sum(p.numel() for p in build("hyena", 64).parameters() if p.ndim > 1)
+    transforms = counts.long_convolution(counts.Shape(3, 10, heads=1, value_dim=64))[0].flops
+    assert work("hyena", 3, 10, 64)[0].flops == 30 * matrices + transforms
+    assert cost("hyena", 64, order=3).flops_per_cached_token == 2 * 2 * 64
 
 
 def test_a_window_fills_up():

@@ -120,6 +120,22 @@ def short_convolution(segments):
     return lambda: ops.short_convolution(x, weight, bias, state=state, segments=segments), (x, weight, bias, state)
 
 
+def long_convolution(segments):
+    x, filters, past = leaf(B, T, K), leaf(K, T + 9), leaf(B, 9, K)
+    length = torch.tensor([9, 4, 0])[:B]
+
+    def call():
+        y, (inputs, _) = ops.long_convolution(x, filters, state=(past, length), segments=segments)
+        return y, inputs
+
+    return call, (x, filters, past)
+
+
+def two_sided_convolution(segments):
+    x, filters, future = leaf(B, T, K), leaf(K, T), leaf(K, T)
+    return lambda: (ops.two_sided_convolution(x, filters, future),), (x, filters, future)
+
+
 OPS: dict[str, Callable] = {
     "scan": scan,
     "complex scan": complex_scan,
@@ -139,6 +155,8 @@ OPS: dict[str, Callable] = {
     "slot scores": slot_scores,
     "additive decay": additive_decay,
     "short convolution": short_convolution,
+    "long convolution": long_convolution,
+    "two-sided convolution": two_sided_convolution,
 }
 
 

@@ -108,6 +108,30 @@ def test_gla(x, oracle, gate, kv_heads):
     torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-9, atol=1e-12)
 
 
+@ORACLES
+@pytest.mark.parametrize("feature_map", ["relu", "elu+1", "softmax"])
+def test_gla_options(x, oracle, feature_map):
+    options = {"feature_map": feature_map, "gate_activation": "sigmoid", "min_log_decay": -0.05, "num_heads": 2}
+    mixer = build("gla", D, **options).double()
+    with torch.no_grad():
+        mixer.qkv_proj.weight *= 20
+        mixer.gate_up.weight *= 50
+    phi = {"relu": torch.relu, "elu+1": lambda y: functional.elu(y) + 1, "softmax": lambda y: y.softmax(-1)}
+    q, k, v = (x @ mixer.qkv_proj.weight.T).split([16, 16, 32], -1)
+    q, k, v = phi[feature_map](heads(q, 2)), phi[feature_map](heads(k, 2)), heads(v, 2)
+    logits = x @ mixer.gate_down.weight.T @ mixer.gate_up.weight.T
+    decay = torch.sigmoid(logits) ** (1 / 16)
+    held = decay < math.exp(-0.05)
+    assert 0.1 < held.double().mean() < 0.9
+    decay = heads(torch.where(held, math.exp(-0.05), decay), 2)
+    o = rms(oracle(q / math.sqrt(8), k, v, decay), mixer.norm.weight).flatten(-2)
+    expected = (torch.sigmoid(x @ mixer.output_gate.weight.T) * o) @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x)[0], expected, rtol=1e-9, atol=1e-12)
+    subject = Subject("gla", type(mixer), D, options)
+    test_equality.test_a_batch_is_its_documents_alone(subject, "packed_with_holes", torch.float32)
+    test_equality.test_splits_of_packed_and_padded_batches(subject, "packed_with_holes")
+
+
 def test_gla_starts_with_a_half_life_of_sixteen_tokens(x):
     mixer = build("gla", D, num_heads=2).double()
     half_life = math.log(0.5) / mixer._log_decay(0 * x)
@@ -238,6 +262,9 @@ def test_mamba2_starts_within_the_paper_s_ranges():
         ("linear-attention", {"feature_map": "identity"}, "normalise: the identity"),
         ("gla", {"gate": "vector"}, "gate: seen 'vector'"),
         ("gla", {"num_kv_heads": 3}, "num_kv_heads: seen 3"),
+        ("gla", {"min_log_decay": 0.0}, "min_log_decay: seen 0.0"),
+        ("gla", {"feature_map": "taylor"}, "feature_map: seen 'taylor', wanted one of identity, relu"),
+        ("gla", {"gate_activation": "relu"}, "gate_activation: seen 'relu', wanted one of silu, sigmoid"),
         ("gla", {"expand_k": 0.3}, "expand_k: "),
         ("retnet", {"num_heads": 32}, "rope_theta: rotation needs an even number"),
         ("mamba2", {"head_dim": 48}, "head_dim: expand"),

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tidegate.backend import backend
 from tidegate.nn.parts import split_heads
-from tidegate.papers.tfla_mlstm import FORMS, SLSTM, by_chunk, by_op, dip, gates_of, share_of_states
+from tidegate.papers.tfla_mlstm import EXP, FORMS, SLSTM, by_chunk, by_op, dip, gates_of, share_of_states
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16, 48])
@@ -21,7 +21,9 @@ def test_chunks_of_any_length_are_the_recurrence(name, chunk):
     with backend("reference"):
         wanted = by_op(name, inputs)
     h, states = FORMS[name](inputs, chunk)
-    torch.testing.assert_close(h, wanted, rtol=1e-9, atol=1e-10)
+    # eps = 1e-6 stands beside exp(-m), and the two start from another m.
+    tolerance = 5e-6 if name == EXP else 1e-9
+    torch.testing.assert_close(h, wanted, rtol=tolerance, atol=tolerance)
     assert all(state.shape[2] == 48 // chunk for state in states)
 
 

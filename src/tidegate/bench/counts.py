@@ -8,6 +8,7 @@ gradients of the inputs. States, one per sequence, are not counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tidegate.bench.roofline import Work
@@ -94,6 +95,18 @@ def short_convolution(s: Shape) -> Counted:
     """A product and a sum per tap (2 W); backward one for the input and one for the weights (4 W)."""
     size = s.tokens * s.channels
     return _counted(2 * TAPS * size, 4 * TAPS * size, size, size)
+
+
+def long_convolution(s: Shape) -> Counted:
+    """By FFTs of 2 T numbers, 2.5 log2(2 T) operations for each: of x, of the filters, and one back.
+
+    Backward: of x, the filters and the gradient, and two back. Between them a product of complex numbers (6 for two).
+    """
+    size, filters = s.tokens * s.channels, s.time * s.channels
+    transform = 5 * math.log2(2 * s.time)  # per token: twice as many numbers are turned
+    forward = transform * (2 * size + filters) + 6 * size
+    backward = transform * (3 * size + 2 * filters) + 14 * size
+    return _counted(forward, backward, size + filters, size)
 
 
 def selective_scan(s: Shape) -> Counted:

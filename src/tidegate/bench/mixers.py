@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tidegate import registry
-from tidegate.bench import machine
+from tidegate.bench import counts, machine
 from tidegate.bench.report import Decode, Measurement
 from tidegate.bench.roofline import Work
 from tidegate.bench.sweep import Call, Candidate, measure
@@ -43,7 +43,7 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
 
     Per token every matrix is used once (two operations per weight), and every element of the recurrent state costs
     what `registry.FAMILIES` says; inputs kept for convolutions and shifts are no recurrent state. Attention costs that
-    much per channel and token looked at, with a window full.
+    much per channel and token looked at, with a window full; so does a convolution as long as the sequence.
     """
     mixer = build(name, dim, **options)
     family = registry.info(name).family
@@ -62,20 +62,24 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
         state_bytes=mixer.init_state(1, dtype=torch.float32).nbytes,
         state_bytes_per_token=4 * cached,
         flops_per_token=2 * sum(p.numel() for p in mixer.parameters() if p.ndim > 1) + per_element * elements,
-        flops_per_cached_token=per_element * dim if cached else 0,
+        flops_per_cached_token=per_element * (cached if family == "convolution" else dim) if cached else 0,
     )
 
 
 def work(name: str, batch: int, length: int, dim: int = 256, **options: Any) -> tuple[Work, Work]:
     """What a mixer must do over a sequence from its beginning, float32: forward, and forward with backward.
 
-    The operations are those of `cost`, with the window of an attention as full as it is at each token; a backward has
-    twice as many. The bytes are the least of any layer: input, output, parameters, and the gradients of all three.
+    The operations are those of `cost`, with the window of an attention as full as it is at each token, and a convolution
+    as long as the sequence done by FFT; a backward has twice as many. The bytes are the least of any layer: input, output, parameters, and the gradients of all three.
     """
     counted = cost(name, dim, **options)
     tokens, pairs = batch * length, batch * length * (length + 1) / 2
     flops = tokens * counted.flops_per_token + pairs * counted.flops_per_cached_token
     family = registry.info(name).family
+    if family == "convolution":
+        channels = counted.state_bytes_per_token // 4
+        shape = counts.Shape(batch, length, heads=1, value_dim=channels)
+        flops = tokens * counted.flops_per_token + counts.long_convolution(shape)[0].flops
     if family == "attention":
         window = _window(build(name, dim, **options))
         filling = min(window, length)  # the first tokens find that much of their window empty: sum of window - t

@@ -72,6 +72,7 @@ INPUTS: Mapping[str, Callable[[Shape], Tensor]] = MappingProxyType(
         "gate": _values,
         "norm_weight": lambda s: torch.rand(s.value_dim),
         "weight": lambda s: torch.randn(s.channels, counts.TAPS),
+        "taps": lambda s: torch.randn(s.time, s.channels) / s.time**0.5,  # as a network of time makes them
         "dt": lambda s: 0.1 * torch.rand(s.batch, s.time, s.channels),
         "spread": lambda s: -torch.arange(1.0, counts.STATES + 1).repeat(s.channels, 1),
         "state_b": lambda s: _normal(s, counts.STATES),
@@ -109,6 +110,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True), None
 
 
+def _long_convolution(x: Tensor, taps: Tensor, *, state: Any = None, segments: Any = None) -> tuple[Tensor, Any]:
+    more = 0 if state is None else state[0].shape[1]  # taps for the past
+    taps = functional.pad(taps, (0, 0, 0, more)) if more else taps
+    return ops.long_convolution(x, taps.t(), state=state, segments=segments)
+
+
 PEER = "torch/sdpa"  # what everything else is compared with
 _QKV = ("q", "k", "v")
 
@@ -117,6 +124,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
     {
         "scan": Case(("decay", "x"), ops.scan, counts.scan),
         "short_convolution": Case(("x", "weight"), ops.short_convolution, counts.short_convolution),
+        "long_convolution": Case(("x", "taps"), _long_convolution, counts.long_convolution),
         "selective_scan": Case(("x", "dt", "spread", "state_b", "state_c"), selective_scan, counts.selective_scan),
         "linear_attention": Case(
             (*_QKV, "key_decay"), ops.linear_attention, lambda s: counts.linear_attention(s, s.key_dim)

@@ -104,8 +104,15 @@ def warm() -> Iterator[Warmed]:
                 forward, training = ops.runs(case, ops.Inputs(SHAPE))
                 yield timed(name, "forward", forward)
                 yield timed(name, "backward", training)
+        yield timed("long_convolution, long", "both", _long_convolution)
         yield timed("all mixers", "both, and a step", _mixers)
     yield timed("compiled step", "forward", _step)
+
+
+def _long_convolution() -> None:
+    # Short sequences are summed up, long ones go through an FFT.
+    x, taps = torch.randn(1, 1000, 1, requires_grad=True), torch.randn(1, 1000, requires_grad=True)
+    tidegate.ops.long_convolution(x, taps)[0].sum().backward()
 
 
 def _mixers() -> None:

@@ -7,13 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.feature_maps import FeatureMap
 from tidegate.nn.parts import HeadNorm, check_heads, retention_log_decay, split_heads
 from tidegate.nn.qkv import QKVMixer
 from tidegate.ops import linear_attention
+from tidegate.ops.gated_norm import ACTIVATIONS
 from tidegate.ops.pointwise import log_sigmoid
 from tidegate.registry import register
 from tidegate.segments import Segments
 from tidegate.state import State
+
+FEATURE_MAPS = (
+    "identity",
+    "relu",
+    "elu+1",
+    "softmax",
+)  # those with as many features as channels: gates are per channel
 
 
 @register(
@@ -44,7 +53,10 @@ class GatedLinearAttention(QKVMixer):
     - `num_kv_heads` < num_heads shares keys, values and gates among groups of query heads.
     - `conv_width` puts a short causal convolution and SiLU on q, k and v (off in the paper, on in most later work;
       it is what lets a small model bind a value to the key before it).
-    - With b = 0 a channel starts with a half-life of 16 tokens; `gate_bias` moves that.
+    - With b = 0 a channel starts with a half-life of 16 tokens; `gate_bias` moves that. `min_log_decay`, as -5, keeps
+      log alpha from falling below.
+    - `feature_map` on q and k: "identity" (the paper), "relu", "elu+1" or "softmax". `gate_activation`: "silu" (the
+      paper) or "sigmoid" for the output gate.
 
     Initialisation (official code): Linear N(0, 0.02), then W_q, W_k, W_1, W_2 Xavier-uniform with gain 2^(-2.5).
     Source: arXiv 2312.06635. Shapes: x, y (B, T, dim); K = expand_k dim / num_heads, V = expand_v dim / num_heads.
@@ -65,7 +77,10 @@ class GatedLinearAttention(QKVMixer):
         gate_rank: int = 16,
         gate_temperature: float = 16.0,
         gate_bias: float = 0.0,
+        min_log_decay: float | None = None,
+        feature_map: str = "identity",
         use_output_gate: bool = True,
+        gate_activation: str = "silu",
         conv_width: int | None = None,
         norm_eps: float = 1e-5,
         device: torch.device | str | None = None,
@@ -75,6 +90,7 @@ class GatedLinearAttention(QKVMixer):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.expand_k, self.expand_v, self.gate, self.gate_rank = expand_k, expand_v, gate, gate_rank
         self.gate_temperature, self.gate_bias, self.use_output_gate = gate_temperature, gate_bias, use_output_gate
+        self.min_log_decay, self.feature_map, self.gate_activation = min_log_decay, feature_map, gate_activation
         self.conv_width, self.norm_eps = conv_width, norm_eps
         self.kv_heads = num_kv_heads or num_heads
         self.key_dim = check_heads(dim, num_heads, expand_k, "expand_k")
@@ -83,11 +99,18 @@ class GatedLinearAttention(QKVMixer):
             raise ValueError(f"num_kv_heads: seen {num_kv_heads}, wanted a divisor of num_heads = {num_heads}")
         if gate not in ("key", "scalar", "fixed", "none"):
             raise ValueError(f"gate: seen {gate!r}, wanted 'key', 'scalar', 'fixed' or 'none'")
+        if min_log_decay is not None and not min_log_decay < 0:
+            raise ValueError(f"min_log_decay: seen {min_log_decay}, wanted less than 0, or None for no limit")
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map: seen {feature_map!r}, wanted one of {', '.join(FEATURE_MAPS)}")
+        if gate_activation not in ACTIVATIONS:
+            raise ValueError(f"gate_activation: seen {gate_activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
         self.memory_shape = (num_heads, self.key_dim, self.value_dim)
         widths = (num_heads * self.key_dim, self.kv_heads * self.key_dim, self.kv_heads * self.value_dim)
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self._build_qkv(widths, factory)
+        self.phi = FeatureMap(feature_map, num_heads, self.key_dim)  # one without weights
         if gate in ("key", "scalar"):
             gates = widths[1] if gate == "key" else self.kv_heads
             self.gate_down = nn.Linear(dim, gate_rank, bias=False, **factory)
@@ -122,14 +145,14 @@ class GatedLinearAttention(QKVMixer):
         x, state = self.prepare(x, state, segments)
         (q, k, v), new = self._qkv(x, state, segments)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
-        log_decay = self._log_decay(x)
+        q, k, log_decay = self.phi(q), self.phi(k), self._log_decay(x)
         if (groups := self.num_heads // self.kv_heads) > 1:
             k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
             if self.gate in ("key", "scalar"):
                 log_decay = log_decay.repeat_interleave(groups, 2)  # type: ignore[union-attr]
         scale = self.key_dim**-0.5
         o, new["memory"] = linear_attention(q, k, v, log_decay, scale=scale, state=state["memory"], segments=segments)
-        y = self.norm(o, None if self.output_gate is None else self.output_gate(x))
+        y = self.norm(o, None if self.output_gate is None else self.output_gate(x), self.gate_activation)
         return self.o_proj(y), State(new)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
@@ -139,4 +162,6 @@ class GatedLinearAttention(QKVMixer):
             return retention_log_decay(self.num_heads, x)
         logits = self.gate_up(self.gate_down(x))
         log_decay = log_sigmoid(logits, self.gate_bias_parameter, 1 / self.gate_temperature)
+        if self.min_log_decay is not None:
+            log_decay = log_decay.clamp(min=self.min_log_decay)
         return log_decay if self.gate == "scalar" else split_heads(log_decay, self.kv_heads)

@@ -65,11 +65,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm of each head, times silu(gate): o (B, T, H, V), gate (B, T, H * V) or None -> (B, T, H * V)."""
+    """RMSNorm of each head, times silu(gate) or sigmoid(gate): o (B, T, H, V), gate (B, T, H * V) or None.
 
-    def forward(self, o: Tensor, gate: Tensor | None = None) -> Tensor:
+    Gives (B, T, H * V).
+    """
+
+    def forward(self, o: Tensor, gate: Tensor | None = None, activation: str = "silu") -> Tensor:
         gate = None if gate is None else split_heads(gate, o.shape[-2])
-        return gated_norm(o, gate, self.weight, eps=self.eps or 0.0).flatten(-2)
+        return gated_norm(o, gate, self.weight, eps=self.eps or 0.0, activation=activation).flatten(-2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -46,7 +46,7 @@ def picture(systems: Sequence[System], titles: Sequence[str], tokens: Sequence[s
     """A PNG with a row per system; `tokens` are written along the axes where they are few, and the system's."""
     from matplotlib.figure import Figure
 
-    rows = len(systems)
+    rows, views = len(systems), [View.of(system) for system in systems]
     figure = Figure(figsize=(13.5, 4.3 * rows + 0.6), layout="constrained", facecolor="white")
     panels = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.15, 1, 1.25))
     for (attention, circle, fading), view, name in zip(panels, views, titles, strict=True):
