@@ -273,6 +273,38 @@ def test_strided_input_and_state():
         assert_near(step(x, state)[0], mixer(x, state)[0])
 
 
+class Picks(Mixer):
+    """What a router needs: the largest entries of a token, and rows of a table by what is computed from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dim, self.table = 5, nn.Parameter(torch.arange(15.0).view(5, 3))
+
+    def state_spec(self):
+        return {"values": (2,), "indices": ((2,), torch.int64), "some": (1,), "rows": (2, 3)}
+
+    def forward(self, x, state=None, *, segments=None):
+        values, indices = x[:, -1].topk(2)
+        some = (x[:, -1] > 1).any(-1, keepdim=True).to(x.dtype)
+        rows = self.table.index_select(0, indices.flatten()).unflatten(0, indices.shape)
+        return x * self.table.sum(), State(values=values, indices=indices, some=some, rows=rows)
+
+
+def test_the_largest_entries_and_rows_by_computed_indices():
+    mixer = Picks()
+    step, state = compile_step(mixer, 3), mixer.init_state(3)
+    for x in (torch.randn(3, 1, 5), torch.tensor([[[-torch.inf, 3.0, -2.0, torch.inf, 0.5]]]).repeat(3, 1, 1)):
+        with torch.no_grad():
+            _, wanted = mixer(x, state)
+        _, found = step(x, state)
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), name
+    _, found = step(torch.tensor([1.0, 2.0, 2.0, 0.0, 2.0]).repeat(3, 1, 1), state)  # among equals, the first
+    assert found["indices"].tolist() == [[1, 2]] * 3
+    assert found["rows"][0].tolist() == [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]]
+    assert not step(torch.zeros(3, 1, 5), state)[1]["some"].any()
+
+
 def test_generation():
     torch.manual_seed(0)
     model = LanguageModel(31, 32, [("gla", {"num_heads": 2})])
