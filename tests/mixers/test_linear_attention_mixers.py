@@ -65,7 +65,7 @@ def test_linear_attention(x, oracle, feature_map):
 
 
 def test_linear_attention_without_normaliser(x):
-    mixer = build("linear-attention", D, num_heads=2, feature_map="identity", normalise=False).double()
+    mixer = build("linear-attention", D, num_heads=2, feature_map="identity", normaliser="none").double()
     q, k, v = (heads(part, 2) for part in (x @ mixer.qkv_proj.weight.T).chunk(3, -1))
     expected = rms(all_pairs(q, k, v, torch.ones(B, T, 2, 1, dtype=torch.float64)), mixer.norm.weight)
     torch.testing.assert_close(mixer(x)[0], expected.flatten(-2) @ mixer.o_proj.weight.T, rtol=1e-10, atol=1e-10)
@@ -259,7 +259,7 @@ def test_mamba2_starts_within_the_paper_s_ranges():
     [
         ("linear-attention", {"num_heads": 5}, "num_heads"),
         ("linear-attention", {"feature_map": "tanh"}, "feature_map: seen 'tanh'"),
-        ("linear-attention", {"feature_map": "identity"}, "normalise: the identity"),
+        ("linear-attention", {"feature_map": "identity"}, "normaliser: with the identity"),
         ("gla", {"gate": "vector"}, "gate: seen 'vector'"),
         ("gla", {"num_kv_heads": 3}, "num_kv_heads: seen 3"),
         ("gla", {"min_log_decay": 0.0}, "min_log_decay: seen 0.0"),

@@ -69,8 +69,9 @@ def cost(name: str, dim: int = 256, **options: Any) -> Cost:
 def work(name: str, batch: int, length: int, dim: int = 256, **options: Any) -> tuple[Work, Work]:
     """What a mixer must do over a sequence from its beginning, float32: forward, and forward with backward.
 
-    The operations are those of `cost`, with the window of an attention as full as it is at each token, and a convolution
-    as long as the sequence done by FFT; a backward has twice as many. The bytes are the least of any layer: input, output, parameters, and the gradients of all three.
+    The operations are those of `cost`, with the window of an attention as full as it is at each token, and a
+    convolution as long as the sequence done by FFT; a backward has twice as many. The bytes are the least of any layer:
+    input, output, parameters, and the gradients of all three.
     """
     counted = cost(name, dim, **options)
     tokens, pairs = batch * length, batch * length * (length + 1) / 2

@@ -46,11 +46,12 @@ class LiquidS4(S4D):
     - `contraction` of the products: "tanh", or "lecun", 1.7159 tanh(2/3 c).
     - The other options are S4D's, with the paper's steps; "trapezoid" is no rule here.
 
-    "exact" keeps every state of every token for the backward pass, 4 N numbers per channel, and takes as much longer.
+    "exact" has no kernel of its own: decays, inputs and states of every token go through memory. Measured at dim 256 on
+    one core, a layer takes 28 times as long as S4D's of N = 64, and 2.6 times with N = 8.
 
     Initialisation: S4D's. Source: arXiv 2209.12951; the causal products are ours. Shapes: x, y (B, T, dim).
-    State: memory (dim, N), complex, for "kb" (P dim, N), and without the factor b but in "exact"; with P > 1 the last
-    products (P - 1, dim) for "kb" and "pb".
+    State: memory as S4D's, for "kb" one for every order, (P dim, N / 2), and in "exact" h itself; for "kb" and "pb"
+    with P > 1 the last products (P - 1, dim).
     """
 
     def __init__(

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,8 +143,10 @@ def _find_openmp() -> Any:
         try:
             with open("/proc/self/maps") as maps:
                 paths = {line.split()[-1] for line in maps if "libgomp" in line}
-            if len(paths) == 1:  # with two of them loaded there is no telling whose workers spin
-                _openmp = ctypes.CDLL(paths.pop())
+            # Wheels bring a copy each (scikit-learn's too): PyTorch's workers are in PyTorch's own, or in the only one.
+            own = {path for path in paths if Path(torch.__file__).parent in Path(path).parents}
+            if len(own or paths) == 1:
+                _openmp = ctypes.CDLL((own or paths).pop())
         except OSError:
             pass
     return _openmp

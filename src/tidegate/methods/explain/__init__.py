@@ -7,8 +7,8 @@ system it is (members.py). So this works for every mixer built on them, without 
 >>> from tidegate import mixers
 >>> seen = explain(mixers.build("retnet", dim=32, num_heads=2), torch.randn(1, 12, 32))
 >>> (system,) = seen.systems
->>> system.attention.shape, system.eigenvalues[0, 5, :, 0].real.tolist()
-(torch.Size([1, 2, 12, 12]), [0.96875, 0.984375])
+>>> system.attention.shape, system.eigenvalues[0, 5, :, 0].real
+(torch.Size([1, 2, 12, 12]), tensor([0.9688, 0.9844], dtype=torch.float64))
 """
 
 from __future__ import annotations

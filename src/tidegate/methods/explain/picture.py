@@ -42,13 +42,12 @@ class View:
         return "head" if self.system.values.shape[-1] > 1 or self.count <= FEW else "channel"
 
 
-def picture(systems: Sequence[System], titles: Sequence[str], tokens: Sequence[str] = (), *, title: str = "") -> bytes:
+def picture(views: Sequence[View], titles: Sequence[str], tokens: Sequence[str] = ()) -> bytes:
     """A PNG with a row per system; `tokens` are written along the axes where they are few, and the system's."""
     from matplotlib.figure import Figure
 
-    rows, views = len(systems), [View.of(system) for system in systems]
-    figure = Figure(figsize=(13.5, 4.3 * rows + 0.6), layout="constrained", facecolor="white")
-    panels = figure.subplots(rows, 3, squeeze=False, width_ratios=(1.15, 1, 1.25))
+    figure = Figure(figsize=(13.5, 4.3 * len(views) + 0.6), layout="constrained", facecolor="white")
+    panels = figure.subplots(len(views), 3, squeeze=False, width_ratios=(1.15, 1, 1.25))
     for (attention, circle, fading), view, name in zip(panels, views, titles, strict=True):
         _draw_attention(attention, view, tokens)
         _draw_eigenvalues(circle, view)
