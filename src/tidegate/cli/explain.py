@@ -74,6 +74,8 @@ def explain(
 
 def _read(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[str]]:
     """Token numbers and their texts, after the boundary that stands before every document."""
+    if not text:
+        raise ValueError("--text: it is empty, wanted a text to read")
     ids = [tokenizer.boundary, *tokenizer.encode(text)]
     if len(ids) > LONGEST:
         raise ValueError(f"--text: it has {len(ids)} tokens, wanted at most {LONGEST}; give less of it")

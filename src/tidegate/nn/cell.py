@@ -19,15 +19,21 @@ class CellMixer(Mixer):
     """A mixer that is a cell (see `tidegate.ops.Cell`): everything but the equations and the initialisation.
 
     `_build` sets up, for G inputs, M recurrent matrices and V vectors of the cell: `weight_ih` (G * dim, dim) and
-    `bias_ih`, one bias per input; `weight_hh` (M * dim, dim / num_heads), block-diagonal, the block of a head in its
-    rows; `bias_hh`, a second bias for each recurrent product, where the cell has it from PyTorch; `vectors` (V, dim).
+    `bias_ih`, one bias per input, for which x itself, where equations use it, does not count and comes last;
+    `weight_hh` (M * dim, dim / num_heads), block-diagonal, the block of a head in its rows; `bias_hh`, a second bias
+    for each recurrent product, where the cell has it from PyTorch; `vectors` (V, dim).
 
-    State: every state of the cell (dim).
+    With `width` the cell is that wide, not dim, and everyone, itself included, reads it through a projection
+    `weight_hr` (dim, width): `weight_hh` is then (M * width, dim), and its product with the projection the cell's U.
+
+    State: every state of the cell (dim, or width).
     """
 
     cell: Cell
     num_heads: int
+    width: int
     bias_hh: nn.Parameter | None
+    weight_hr: nn.Parameter | None
 
     def _build(
         self,
@@ -38,26 +44,28 @@ class CellMixer(Mixer):
         *,
         second_bias: bool = False,
         vectors: bool = True,
+        width: int | None = None,
     ) -> None:
         if num_heads < 1 or self.dim % num_heads:
             raise ValueError(f"num_heads: seen {num_heads}, wanted a divisor of dim = {self.dim}")
-        self.cell, self.num_heads = cell, num_heads
+        self.cell, self.num_heads, self.width = cell, num_heads, width or self.dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        gates, matrices, width = len(cell.inputs) * self.dim, len(cell.matrices) * self.dim, self.dim // num_heads
+        gates, matrices = sum(name != "x" for name in cell.inputs) * self.width, len(cell.matrices) * self.width
         self.weight_ih = nn.Parameter(torch.empty(gates, self.dim, **factory))
         self.bias_ih = nn.Parameter(torch.empty(gates, **factory))
-        self.weight_hh = nn.Parameter(torch.empty(matrices, width, **factory)) if matrices else None
+        self.weight_hh = nn.Parameter(torch.empty(matrices, self.dim // num_heads, **factory)) if matrices else None
         self.bias_hh = nn.Parameter(torch.empty(matrices, **factory)) if second_bias else None
+        self.weight_hr = nn.Parameter(torch.empty(self.dim, width, **factory)) if width else None
         own = vectors and cell.vectors
-        self.vectors = nn.Parameter(torch.empty(len(cell.vectors), self.dim, **factory)) if own else None
+        self.vectors = nn.Parameter(torch.empty(len(cell.vectors), self.width, **factory)) if own else None
         self.no_weight_decay = ("vectors",) if own else ()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in ±dim^(-1/2), as PyTorch's cells."""
+        """Uniform in ±width^(-1/2), as PyTorch's cells."""
         for parameter in self.parameters():
-            nn.init.uniform_(parameter, -1 / math.sqrt(self.dim), 1 / math.sqrt(self.dim))
+            nn.init.uniform_(parameter, -1 / math.sqrt(self.width), 1 / math.sqrt(self.width))
 
     def _set_bias(self, name: str, value: Tensor | float) -> None:
         """Give an input of the cell exactly this bias; a second one that is added to it becomes zero."""
@@ -71,29 +79,53 @@ class CellMixer(Mixer):
         self.vectors[self.cell.vectors.index(name)] = value
 
     def _rows(self, parameter: Tensor, number: int) -> Tensor:
-        return parameter[number * self.dim : (number + 1) * self.dim]
+        return parameter[number * self.width : (number + 1) * self.width]
 
     def _chrono_bias(self, length: int) -> Tensor:
         """log(u), u ~ U(1, length - 1): biases under which memories last up to `length` (arXiv 1804.11188)."""
-        return torch.empty_like(self.bias_ih[: self.dim]).uniform_(1, length - 1).log_()
+        return torch.empty_like(self.bias_ih[: self.width]).uniform_(1, length - 1).log_()
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
         """The bias of all inputs, and the vectors."""
         return (self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh), self.vectors
 
     def state_spec(self) -> dict[str, Any]:
-        return {name: (self.dim,) for name in self.cell.states}
+        return {name: (self.width,) for name in self.cell.states}
+
+    def _matrices(self) -> Tensor | None:
+        """The recurrent matrices by head, (M, H, d, d)."""
+        if self.weight_hh is None:
+            return None
+        if self.weight_hr is None:
+            return self.weight_hh.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
+        return (self.weight_hh @ self.weight_hr).unflatten(0, (-1, 1, self.width))
 
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
     ) -> tuple[Tensor, State]:
         x, state = self.prepare(x, state, segments)
+        return self.run(x, state, segments)
+
+    def with_input_size(self, size: int) -> CellMixer:
+        """The same cell for inputs of another width than dim, drawn anew; for stacks (`tidegate.RNN`), through `run`.
+
+        Raises ValueError for a cell that adds its input to its states as it is.
+        """
+        if size != self.dim and "x" in self.cell.inputs:
+            raise ValueError(f"input_size: seen {size}; this cell takes its input as it is, wanted {self.dim}")
+        self.weight_ih = nn.Parameter(self.weight_ih.new_empty(self.weight_ih.shape[0], size))
+        self.reset_parameters()
+        return self
+
+    def run(self, x: Tensor, state: State, segments: Segments | None) -> tuple[Tensor, State]:
+        """`forward` after its checks, for an x of any width that `weight_ih` takes."""
         bias, vectors = self._biases()
-        inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.dim))
-        width = self.dim // self.num_heads
-        matrices = None if self.weight_hh is None else self.weight_hh.view(-1, self.num_heads, width, width)
+        inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.width))
+        if "x" in self.cell.inputs:
+            inputs = torch.cat([inputs, x.unsqueeze(2)], 2)
         before = torch.stack([state[name] for name in self.cell.states], 1)
-        y, after = self.cell(inputs, matrices, vectors, before, segments=segments)
+        y, after = self.cell(inputs, self._matrices(), vectors, before, segments=segments)
+        y = y if self.weight_hr is None else functional.linear(y, self.weight_hr)
         return y, State(dict(zip(self.cell.states, after.unbind(1), strict=True)))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tidegate.methods.explain.members import MEMBERS, refusal
 from tidegate.methods.explain.system import System
+from tidegate.nn.cell import CellMixer
 from tidegate.nn.mixer import Mixer
 from tidegate.ops.calls import Call, answered_by
 
@@ -33,7 +34,7 @@ __all__ = ["Explanation", "System", "explain", "rebuild"]
 class Explanation:
     """What `explain` saw: the module's output, and a `System` for every call of a linear recurrence, in order.
 
-    `refused` says of layers whose recurrence was seen and is not linear why it is not.
+    `refused` says of layers whose recurrence is not linear, by name, why there is no system of theirs.
     """
 
     output: Any
@@ -48,8 +49,8 @@ def explain(module: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     The run is an ordinary one, in the module's own dtype and mode; systems are computed in float64 from what the ops
     were given. It has to begin from nothing: no state is passed.
 
-    Raises ValueError for a module without linear recurrence (a GRU's gates see its state: there is no matrix), and for
-    a run that begins with a state.
+    Raises ValueError for a module without linear recurrence, saying why (a GRU's gates see its state: there is no
+    matrix), and for a run that begins with a state.
     """
     return _run(module, inputs, options, lambda system, result: result)
 
@@ -68,7 +69,9 @@ def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[System,
     refused: dict[str, str] = {}
 
     def hear(call: Call) -> Any:
-        layer, result = inside[-1], call.run()
+        (layer, mixer), result = inside[-1], call.run()
+        if isinstance(mixer, CellMixer):  # a scan here is a step of Newton's method, right at its last iterate only
+            return result
         if reason := refusal(call.op, call.arguments):
             refused[layer] = reason
             return result
@@ -76,28 +79,39 @@ def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[System,
         systems.append(System(call.op, layer, dict(call.arguments), result[0]))
         return answer(systems[-1], result)
 
-    with _names(module) as inside, answered_by(hear):
+    with _running(module) as (inside, cells), answered_by(hear):
         output = module(*inputs, **options)
+    refused |= cells
     if not systems:
-        raise ValueError("; ".join(refused.values()) or _silence(module))
+        why = "; ".join(dict.fromkeys(refused.values())) or _silence(module)
+        raise ValueError(f"{why}. Wanted a linear recurrence, such as gla, mamba or attention has")
     return Explanation(output[0] if isinstance(output, tuple) else output, tuple(systems), refused)
 
 
 @contextmanager
-def _names(module: nn.Module) -> Iterator[list[str]]:
-    """A list whose last entry is always the name of the mixer that is running."""
-    inside = [""]
+def _running(module: nn.Module) -> Iterator[tuple[list[tuple[str, nn.Module]], dict[str, str]]]:
+    """A list whose last entry is always the mixer that is running and its name; and why cells that have run are none.
+
+    A cell is told by its class: what it calls depends on the device.
+    """
+    inside: list[tuple[str, nn.Module]] = [("", module)]
+    cells: dict[str, str] = {}
     hooks = []
+
+    def enter(name: str, part: nn.Module) -> None:
+        inside.append((name, part))
+        if isinstance(part, CellMixer):
+            cells[name] = f"{type(part).__name__}: its update is not linear in its state, so there is no matrix to show"
 
     def leave(*_: Any) -> None:
         inside.pop()
 
     for name, part in module.named_modules():
         if isinstance(part, Mixer):
-            hooks.append(part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+            hooks.append(part.register_forward_pre_hook(lambda part, _, name=name: enter(name, part)))
             hooks.append(part.register_forward_hook(leave))
     try:
-        yield inside
+        yield inside, cells
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,7 +127,5 @@ def _check_empty(layer: str, state: Any) -> None:
 
 def _silence(module: nn.Module) -> str:
     names = {type(part).__name__: None for part in module.modules() if isinstance(part, Mixer)}
-    return (
-        f"{', '.join(names) or type(module).__name__}: no linear recurrence has run, so there is no matrix to show. "
-        f"Cells such as LSTM and GRU update their state nonlinearly; explain knows {', '.join(MEMBERS)}"
-    )
+    who = ", ".join(names) or type(module).__name__
+    return f"{who}: none of {', '.join(MEMBERS)} has run, so there is no matrix to show"

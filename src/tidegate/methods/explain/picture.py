@@ -69,8 +69,9 @@ def _draw_attention(panel: Axes, view: View, tokens: Sequence[str]) -> None:
     weights = size.unflatten(-1, (time, -1)).sum(-1).mean(0).numpy()
     weights = weights / np.maximum(weights.max(1, keepdims=True), np.finfo(float).tiny)
     weights[np.triu_indices(time, 1)] = np.nan
-    ink = LinearSegmentedColormap.from_list("ink", ["#ffffff", "#b2dfdb", "#26a69a", "#00695c", "#062b2b"])
-    ink.set_bad(PALE)
+    ink = LinearSegmentedColormap.from_list(
+        "ink", ["#ffffff", "#b2dfdb", "#26a69a", "#00695c", "#062b2b"]
+    ).with_extremes(bad=PALE)
     panel.imshow(weights, cmap=ink, norm=PowerNorm(0.6, 0, 1), interpolation="nearest")
     own = len(tokens) == time and view.system.segments is None
     if own and time <= LABELLED:

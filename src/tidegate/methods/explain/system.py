@@ -71,6 +71,11 @@ class System:
         return self.matrices.skip
 
     @property
+    def beside(self) -> Tensor | None:
+        """(B, T, H, V), what the output has in addition, whatever the sequence (SRU's highway); None for nothing."""
+        return self.matrices.beside
+
+    @property
     def values(self) -> Tensor:
         """(B, T, H, M, V)."""
         return self.matrices.values
@@ -116,8 +121,8 @@ class System:
         """The op's output from the matrix: attention times values, in the shape and dtype of `output`."""
         v = self.values.movedim(1, 2).flatten(2, 3)  # (B, H, T M, V)
         o = (self.attention.to(torch.promote_types(self.attention.dtype, v.dtype)) @ v).movedim(2, 1)
-        if self.matrices.beside is not None:
-            o = o + self.matrices.beside
+        if self.beside is not None:
+            o = o + self.beside
         return self._as_output(o)
 
     def recurrent(self) -> Tensor:

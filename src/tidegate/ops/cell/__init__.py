@@ -91,22 +91,42 @@ class Cell:
         segments: Segments | None = None,
         gradient_clip: float | None = None,
         truncate: int | None = None,
+        method: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the cell over a sequence; see the class.
 
         `gradient_clip` bounds every element of the gradient that flows from a token to the states before it;
         `truncate` lets none flow past every `truncate`-th token of the call (truncated back-propagation).
+
+        `method` "sequential" takes one token after the other, in kernels where there are some. "newton" solves for all
+        tokens at once (see `tidegate.ops.cell.newton`), with the same result; where the iterations do not converge,
+        the sequential method takes over. By default, "newton" is for cells without recurrent matrices where no kernels
+        are: on other devices than the CPU.
         """
-        matrices, vectors, state = self._check(inputs, matrices, vectors, state, gradient_clip, truncate)
+        matrices, vectors, state = self._check(inputs, matrices, vectors, state, gradient_clip, truncate, method)
         wide = state.dtype
         inputs_wide = zero_padding(inputs, segments).to(wide)
         clip, cut = float(gradient_clip or 0.0), truncate or 0
-        if choose(inputs) == "numba" and inputs.shape[0]:
+        form = choose(inputs)
+        if method == "newton" or (method is None and form == "parallel" and self._suits_newton(inputs, clip)):
+            from tidegate.ops.cell import newton
+
+            solved = newton.run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, cut)
+            if solved is not None:
+                return solved[0].to(inputs.dtype), solved[1]
+        if form == "numba" and inputs.shape[0]:
             from tidegate.ops.cell.numba_cpu import run
         else:
             from tidegate.ops.cell.reference import run
         y, state = run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, clip, cut)
         return y.to(inputs.dtype), state
+
+    def _suits_newton(self, inputs: Tensor, clip: float) -> bool:
+        """Whether all tokens at once are worth a try: how often one has to is known only when numbers are there."""
+        from tidegate.ops.cell.newton import is_elementwise
+
+        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        return not traced and not clip and inputs.shape[1] > 1 and inputs.numel() > 0 and is_elementwise(self.program)
 
     def _check(
         self,
@@ -116,6 +136,7 @@ class Cell:
         state: Tensor | None,
         clip: float | None,
         truncate: int | None,
+        method: str | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if inputs.ndim != 4 or inputs.shape[2] != len(self.inputs) or inputs.shape[1] == 0:
             raise ValueError(
@@ -151,6 +172,10 @@ class Cell:
             raise ValueError(f"gradient_clip: seen {clip}, wanted more than 0, or None")
         if truncate is not None and truncate < 1:
             raise ValueError(f"truncate: seen {truncate}, wanted at least 1 token, or None")
+        if method not in (None, "sequential", "newton"):
+            raise ValueError(f"method: seen {method!r}, wanted 'sequential', 'newton' or None for the one that suits")
+        if method == "newton" and clip:
+            raise ValueError("gradient_clip: the method 'newton' knows no gradients of single steps; use 'sequential'")
         return matrices, vectors, state.to(wide)
 
 

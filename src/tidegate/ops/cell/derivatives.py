@@ -105,7 +105,7 @@ def _shared(lets: list[Let], results: list[tuple[Symbol, Expr]], more: list[tupl
     # A quantity's own symbol stands for its expression, so that what the derivatives repeat of it is found.
     own = {expression: symbol for symbol, expression in named if not isinstance(expression, Symbol)}
     expressions = [e if own.get(e) is None or i < len(named) else own[e] for i, e in enumerate(expressions)]
-    fresh = sympy.numbered_symbols("t")
+    fresh = sympy.numbered_symbols("t#")
     common, reduced = sympy.cse(expressions, symbols=fresh, order="none")
     assignments = dict(common) | dict(zip((symbol for symbol, _ in named), reduced, strict=False))
     stored = list(zip((target for target, _ in results), reduced[len(named) :], strict=True))

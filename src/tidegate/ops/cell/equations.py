@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Sequence
+import keyword
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,12 @@ class where_negative(Function):
 
     nargs = 3
 
+    @classmethod
+    def eval(cls, condition: Expr, yes: Expr, no: Expr) -> Expr | None:
+        if condition.is_Number:
+            return yes if condition < 0 else no
+        return yes if yes == no else None
+
     def fdiff(self, argindex: int = 1) -> Expr:
         condition = self.args[0]
         if argindex == 1:
@@ -30,47 +38,58 @@ class where_negative(Function):
         return where_negative(condition, *((1, 0) if argindex == 2 else (0, 1)))
 
 
-class sigmoid(Function):
-    """1 / (1 + exp(-x))"""
+class _OfOne(Function):
+    """A function of one argument; of a number it is a number."""
 
     nargs = 1
+    of: Callable[[float], float]
+
+    @classmethod
+    def eval(cls, x: Expr) -> Expr | None:
+        return sympy.Float(cls.of(float(x)), 17) if x.is_Number else None
+
+
+class sigmoid(_OfOne):
+    """1 / (1 + exp(-x))"""
+
+    of = staticmethod(lambda x: 0.5 + 0.5 * math.tanh(0.5 * x))
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return self * (1 - self)
 
 
-class tanh(Function):
-    nargs = 1
+class tanh(_OfOne):
+    of = staticmethod(math.tanh)
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return 1 - self * self
 
 
-class exp(Function):
-    nargs = 1
+class exp(_OfOne):
+    of = staticmethod(math.exp)
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return self
 
 
-class log(Function):
-    nargs = 1
+class log(_OfOne):
+    of = staticmethod(math.log)
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return 1 / self.args[0]
 
 
-class sqrt(Function):
-    nargs = 1
+class sqrt(_OfOne):
+    of = staticmethod(math.sqrt)
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return sympy.Rational(1, 2) / self
 
 
-class softplus(Function):
+class softplus(_OfOne):
     """log(1 + exp(x))"""
 
-    nargs = 1
+    of = staticmethod(lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x))))
 
     def fdiff(self, argindex: int = 1) -> Expr:
         return sigmoid(self.args[0])
@@ -166,14 +185,16 @@ class _Reader:
 
     # -- errors --------------------------------------------------------------------------------------------------------
     def error(self, node: ast.AST | None, message: str) -> ValueError:
-        at = getattr(node, "col_offset", 0)
-        width = max(1, (getattr(node, "end_col_offset", None) or at + 1) - at)
+        def characters(count: int) -> int:  # Python counts bytes
+            return len(self.line.encode()[:count].decode(errors="ignore"))
+
+        at = characters(getattr(node, "col_offset", 0))
+        width = max(1, characters(getattr(node, "end_col_offset", None) or 0) - at)
         return ValueError(f"equations: {message}\n  {self.line}\n  {' ' * at}{'^' * width}")
 
     # -- lines ---------------------------------------------------------------------------------------------------------
     def program(self) -> Program:
-        if not self.states:
-            raise ValueError("states: seen none, wanted the names of what is remembered, such as 'h c'")
+        self.check_states()
         for number, raw in enumerate(self.text.splitlines(), start=1):
             self.line = raw.split("#")[0].strip()
             if self.line:
@@ -184,6 +205,10 @@ class _Reader:
                 raise ValueError(f"equations: none gives a new {state!r}; every state needs an equation {state} = ...")
         output = self.now.get("y", new[0])
         self.prune({*new, output})
+        used = {s for step in self.steps for s in sources(step)}
+        for name, symbol in {**self.inputs, **self.vectors}.items():
+            if symbol not in used:
+                raise ValueError(f"equations: {name!r} cancels out, nothing depends on it; leave it out")
         return Program(
             self.states,
             tuple(self.inputs),
@@ -196,11 +221,22 @@ class _Reader:
             self.lines,
         )
 
+    def check_states(self) -> None:
+        if not self.states:
+            raise ValueError("states: seen none, wanted the names of what is remembered, such as 'h c'")
+        for number, name in enumerate(self.states):
+            if not name.isidentifier() or keyword.iskeyword(name) or name.endswith("_"):
+                raise ValueError(f"states: seen {name!r}, wanted names such as h")
+            if name in FUNCTIONS or name in ("x", "mean", "where"):
+                raise ValueError(f"states: {name!r} has a meaning already; wanted another name")
+            if name in self.states[:number]:
+                raise ValueError(f"states: seen {name!r} twice")
+
     def equation(self, number: int) -> None:
         try:
             (statement,) = ast.parse(self.line).body
         except SyntaxError as error:
-            place = ast.Pass(col_offset=(error.offset or 1) - 1)
+            place = ast.Pass(col_offset=len(self.line[: (error.offset or 1) - 1].encode()))
             raise self.error(place, f"line {number} does not read: {error.msg}") from None
         except ValueError:
             raise self.error(None, f"line {number} holds more than one equation; wanted one per line") from None
@@ -213,7 +249,11 @@ class _Reader:
         taken = {**FUNCTIONS, **self.inputs, **self.matrices, **self.vectors}
         if name in taken or name in ("x", "mean", "where"):
             raise self.error(target, f"{name!r} has a meaning already and cannot be assigned")
+        if name.endswith("_"):
+            raise self.error(target, "names do not end in '_', as those of the code that is written do")
         value = self.expression(statement.value)
+        if value.is_Number and (name in self.states or name == "y"):
+            raise self.error(statement.value, "a state or an output cannot be the same number at all times")
         count = sum(str(symbol).split("'")[0] == name for symbol in self.lines)
         symbol = Symbol(name + "'" * (count + 1)) if name in self.states or count else Symbol(name)
         self.now[name] = symbol
@@ -229,18 +269,20 @@ class _Reader:
     def operand(self, node: ast.AST) -> Symbol:
         """A quantity that is kept whole, an old state or a `Let`: the expression's own symbol, or a new one for it."""
         value = self.expression(node)
+        if value.is_Number or any(isinstance(s, Let) and s.symbol == value and s.expression.is_Number for s in self.steps):
+            raise self.error(node, "a number, the same for all channels; wanted something that differs between them")
         if value in self.kept:
             return value
         for step in self.steps:  # the same expression again
             if isinstance(step, Let) and step.expression == value:
                 return step.symbol
-        symbol = Symbol(f"e{sum(str(s).startswith('e') and str(s)[1:].isdigit() for s in self.levels)}")
+        symbol = Symbol(f"e#{sum(str(s).startswith('e#') for s in self.levels)}")
         self.let(symbol, value)
         return symbol
 
     # -- expressions ---------------------------------------------------------------------------------------------------
     def expression(self, node: ast.AST) -> Expr:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < math.inf:
             return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value, 17)
         if isinstance(node, ast.Name):
             return self.name(node)
@@ -265,6 +307,8 @@ class _Reader:
             raise self.error(node, f"{name!r} is a matrix; wanted {name} @ something")
         if name == "y":
             raise self.error(node, "'y', the output, is not known before its equation")
+        if name.endswith("_"):
+            raise self.error(node, "names do not end in '_', as those of the code that is written do")
         return self.vectors.setdefault(name, Symbol(name))
 
     def operation(self, node: ast.BinOp) -> Expr:
@@ -278,6 +322,8 @@ class _Reader:
         if isinstance(node.op, ast.Mult):
             return left * right
         if isinstance(node.op, ast.Div):
+            if right == 0:
+                raise self.error(node.right, "division by zero")
             return left / right
         if isinstance(node.op, ast.Pow):
             if not (right.is_Integer and 2 <= int(right) <= 8):
@@ -287,7 +333,8 @@ class _Reader:
 
     def product(self, node: ast.BinOp) -> Symbol:
         if not isinstance(node.left, ast.Name):
-            raise self.error(node.left, "the left side of @ is the name of a matrix, such as U")
+            hint = "; a * U @ h is read as (a * U) @ h, wanted a * (U @ h)" if isinstance(node.left, ast.BinOp) else ""
+            raise self.error(node.left, f"the left side of @ is the name of a matrix, such as U{hint}")
         name = node.left.id
         if name in self.now or name in self.vectors or name in FUNCTIONS or name in ("x", "y", "mean", "where"):
             kind = "a vector" if name in self.vectors else "a quantity"
@@ -323,7 +370,7 @@ class _Reader:
                 raise self.error(node, "mean takes at least one quantity")
             operands = tuple(self.operand(argument) for argument in node.args)
             level = max(self.levels.get(s, 0) for s in operands) + 1
-            symbol = Symbol(f"mean{sum(isinstance(step, Mean) for step in self.steps)}")
+            symbol = Symbol(f"mean#{sum(isinstance(step, Mean) for step in self.steps)}")
             self.steps.append(Mean(symbol, operands, level))
             self.levels[symbol] = level
             return symbol
@@ -335,7 +382,11 @@ class _Reader:
         count, function = FUNCTIONS[name]
         if len(node.args) != count:
             raise self.error(node, f"{name} takes {count} argument{'s' * (count > 1)}, seen {len(node.args)}")
-        return function(*(self.expression(argument) for argument in node.args))
+        arguments = [self.expression(argument) for argument in node.args]
+        try:
+            return function(*arguments)
+        except (ValueError, OverflowError):
+            raise self.error(node, "no such number") from None
 
     def where(self, node: ast.Call) -> Expr:
         condition = node.args[0] if len(node.args) == 3 else None

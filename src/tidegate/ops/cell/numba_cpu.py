@@ -43,7 +43,9 @@ def run(
     cut: int,
 ) -> tuple[Tensor, Tensor]:
     codes = None if segments is None else segments.codes()
-    return _call(cell.key, inputs, matrices, vectors, state, codes, clip, cut)[:2]
+    tensors = (tensor.float() for tensor in (inputs, matrices, vectors, state))
+    y, last = _call(cell.key, *tensors, codes, clip, cut)[:2]
+    return y, last.to(state.dtype)
 
 
 # -- compilation -------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def _packed(matrices: Tensor, transposed: bool) -> Tensor:
 def _weights(cell: Cell, matrices: Tensor, transposed: bool) -> list[np.ndarray]:
     order = {name: m for m, name in enumerate(cell.matrices)}
     return [
-        kernels.flat(_packed(matrices[[order[product.matrix] for product in group]].float(), transposed))
+        kernels.flat(_packed(matrices[[order[product.matrix] for product in group]], transposed))
         for group in cell.kernels.groups
     ]
 

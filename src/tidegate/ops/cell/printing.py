@@ -10,13 +10,27 @@ from sympy import Expr, Symbol
 
 from tidegate.ops.cell.equations import FUNCTIONS
 
-_RESERVED = {*FUNCTIONS, "where_negative", "torch", "state", "inputs", "matrices", "vectors", "new"}
+_RESERVED = {*FUNCTIONS, "where_negative", "product", "full", "share", "step", "inputs", "matrices", "vectors", "states"}
+_DERIVED = re.compile(r"(d|flow)_.*|.*_new|.*_of_.*|(e|t|mean)\d+")  # names of the code's own
 
 
 def identifier(symbol: Symbol | str) -> str:
-    """A Python name for a symbol: h' is h_new, U @ h is U_h, the gradient of i is d_i."""
-    name = re.sub(r"\W", "_", str(symbol).replace("'", "_new").replace("@", "_of_"))
-    return name + "_" if keyword.iskeyword(name) or name in _RESERVED else name
+    """A Python name for a symbol: h' is h_new, U @ h is U_of_h, the gradient of i is d_i.
+
+    A name of the equations that is not free to be used has an underscore behind it, which none there has itself.
+    """
+    name = str(symbol)
+    kind, _, of = name.rpartition(" ")
+    if kind:
+        return f"{kind}_{identifier(of)}"
+    matrix, _, operand = name.rpartition("@")
+    if matrix:
+        return f"{matrix}_of_{identifier(operand)}"
+    own = name.rstrip("'")
+    if "#" in own:
+        return own.replace("#", "") + "_new" * (len(name) - len(own))
+    taken = keyword.iskeyword(own) or own in _RESERVED or _DERIVED.fullmatch(own)
+    return own + "_" * bool(taken) + "_new" * (len(name) - len(own))
 
 
 def emit(expression: Expr) -> str:

@@ -31,16 +31,27 @@ def mean(*quantities: Tensor) -> Tensor:
     return total.mean(-1, keepdim=True) / len(quantities)
 
 
+def where_negative(x: Tensor, yes: Tensor | float, no: Tensor | float) -> Tensor:
+    # Of two plain numbers torch.where would make a tensor of the default dtype.
+    return torch.where(x < 0, yes if isinstance(yes, Tensor) else x.new_full((), yes), no)
+
+
+def full(x: Tensor, like: Tensor) -> Tensor:
+    """What is the same for a whole batch, or for all channels of a head, written out."""
+    return x.expand_as(like)
+
+
 NAMES: dict[str, Any] = {
     "product": product,
     "mean": mean,
-    "where_negative": lambda x, yes, no: torch.where(x < 0, yes, no),
+    "full": full,
+    "where_negative": where_negative,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "exp": torch.exp,
     "log": torch.log,
     "sqrt": torch.sqrt,
-    "softplus": functional.softplus,
+    "softplus": lambda x: -functional.logsigmoid(-x),  # exact; PyTorch's own softplus is x above 20
 }
 
 

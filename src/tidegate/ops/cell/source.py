@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 from sympy import Expr, Symbol
 
 from tidegate.ops.cell import derivatives
 from tidegate.ops.cell.derivatives import Pass, gradient
-from tidegate.ops.cell.equations import Let, Product, Program
+from tidegate.ops.cell.equations import Let, Product, Program, sources
 from tidegate.ops.cell.printing import assignments, emit, identifier
 
 
@@ -28,10 +29,18 @@ def torch_step(program: Program) -> str:
     lines = "def step(inputs, matrices, vectors, states):\n"
     lines += unpack(program.inputs, "inputs") + unpack(program.matrices, "matrices")
     lines += unpack(program.vectors, "vectors") + unpack(program.states, "states")
+    roots = {root for level in range(program.levels) for root in derivatives.roots(program, level)}
+    whole = {Symbol(name) for name in (*program.inputs, *program.states)}  # what has a number for every row and channel
     for step in program.steps:
         name = identifier(step.symbol)
+        if isinstance(step, Product) or not whole.isdisjoint(sources(step) if isinstance(step, Let) else ()):
+            whole.add(step.symbol)
         if isinstance(step, Let):
-            lines += f"    {name} = {emit(step.expression)}\n"
+            value = emit(step.expression)
+            if step.symbol in roots and step.symbol not in whole:
+                value = f"full({value}, {identifier(program.states[0])})"
+                whole.add(step.symbol)
+            lines += f"    {name} = {value}\n"
         elif isinstance(step, Product):
             lines += f"    {name} = product({identifier(step.matrix)}, {identifier(step.operand)})\n"
         else:
@@ -130,7 +139,7 @@ class Kernels:
         self.written: set[Symbol] = set()  # gradients that hold something already, within a step
         self.passes: list[str] = []
 
-    @property
+    @cached_property
     def same(self) -> dict[str, str]:
         """Inputs and vectors whose gradient is, for every token, that of a product: they need none of their own."""
         results = [dict(derivatives.backward(self.program, k).results) for k in range(self.program.levels)]
@@ -292,6 +301,15 @@ class Kernels:
             if gradient(product.symbol) in averaged:
                 text += f"            for r in range(rows):\n                clear(dp, at_p + {m} * d + r * row_p, d)\n"
                 self.written.add(gradient(product.symbol))
+        # What nothing flows to, as in a condition alone.
+        silent = [
+            *((g, symbol, "dx, at_x", "D", "x") for g, symbol in enumerate(map(Symbol, self.program.inputs))),
+            *((m, product.symbol, "dp, at_p", "d", "p") for m, product in enumerate(self.matrices)),
+        ]
+        for number, symbol, place, distance, rows in silent:
+            if gradient(symbol) not in flowing | averaged:
+                at = f"{place} + {number} * {distance} + r * row_{rows}"
+                text += f"            for r in range(rows):\n                clear({at}, d)\n"
         return text
 
     def _backward_pass(self, level: int, done: Pass) -> str:
@@ -349,7 +367,8 @@ class Kernels:
             name = f"backward_{level}_mean_{q}"
             arguments = ", ".join([*map(identifier, loads), *seeding])
             self.passes.append(
-                f"def _{name}({arguments}):\n{lines}{assignments(done.lets)}    return {emit(expression)}\n\n\n"
+                f"def _{name}({arguments}):\n{lines}{assignments(_needed(done, [emit(expression)]))}"
+                f"    return {emit(expression)}\n\n\n"
                 f"{name} = elementwise(_{name}, total=True)\n\n\n"
             )
             inputs = ", ".join([*loads.values(), *seeding.values()]) + ","

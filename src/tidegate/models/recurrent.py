@@ -1,0 +1,265 @@
+"""A stack of cells in the place of torch.nn.LSTM, GRU and RNN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from tidegate import registry
+from tidegate.nn.cell import CellMixer
+from tidegate.nn.mixer import Mixer
+from tidegate.segments import Segments
+from tidegate.state import State
+
+_TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "elman": nn.RNN}
+
+
+class RNN(nn.Module):
+    """Layers of any cell, called as torch.nn.LSTM, GRU and RNN are: `output, hx = rnn(input, hx)`.
+
+    Equation, with the cell of layer l, and of its reversed direction where there is one::
+
+        y^0 = input      y^l = cell_l(y^{l-1})
+        bidirectional:   y^l = [cell_l(y^{l-1}), reverse(cell'_l(reverse(y^{l-1})))]
+
+    - `cell` is the name of a mixer, "lstm", "gru", "elman", "slstm" ... or of any other that streams; `options` are its
+      own. A cell takes `input_size` by its input weights; other mixers get a linear map in front where it differs.
+    - `dropout` is between layers. With `variational=True` one mask serves all tokens of a sequence (arXiv 1512.05287).
+    - `batch_first=False`, as in PyTorch, means (T, B, ...) for input and output; (T, ...) without batch is taken, too.
+    - A `PackedSequence` is taken and given back; `segments` (B, T) says the same and more: documents in a row.
+    - `hx` is a tensor for a cell of one state, else a tuple in the order of the cell's states (h and c for "lstm"),
+      each (num_layers * directions, B, ...), the reversed direction after each layer's own.
+    - `RNN.from_torch(module)` and `rnn.to_torch()` copy weights, bit by bit.
+
+    Raises ValueError for sizes and shapes that do not fit together.
+    Shapes: input (T, B, input_size), output (T, B, directions * hidden_size).
+
+    >>> import torch
+    >>> rnn = RNN("gru", 5, 8, num_layers=2, bidirectional=True)
+    >>> output, h = rnn(torch.randn(20, 3, 5))
+    >>> output.shape, h.shape
+    (torch.Size([20, 3, 16]), torch.Size([4, 3, 8]))
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        variational: bool = False,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
+            if size < 1:
+                raise ValueError(f"{name}: seen {size}, wanted at least 1")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: seen {dropout}, wanted a share from 0 to below 1")
+        if not registry.info(cell).streams:
+            raise ValueError(f"cell: {cell!r} cannot be read from left to right; see `tidegate list`")
+        self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
+        self.batch_first, self.dropout, self.variational = batch_first, dropout, variational
+        self.bidirectional, self.options = bidirectional, options
+        self.directions = 2 if bidirectional else 1
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        widths = [input_size] + [self.directions * hidden_size] * (num_layers - 1)
+        # In PyTorch's order: layer by layer, the reversed direction after its layer's own.
+        self.layers = nn.ModuleList(
+            _layer(cell, width, hidden_size, options, factory) for width in widths for _ in range(self.directions)
+        )
+
+    def reset_parameters(self) -> None:
+        """Every layer as it initialises itself."""
+        for layer in self.layers:
+            for part in layer if isinstance(layer, nn.Sequential) else (layer,):
+                part.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, *, segments: Segments | None = None
+    ) -> tuple[Tensor | PackedSequence, Any]:
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx, segments)
+        if input.ndim not in (2, 3) or input.shape[-1] != self.input_size:
+            wanted = "(batch, time, " if self.batch_first else "(time, batch, "
+            raise ValueError(
+                f"input: seen shape {tuple(input.shape)}, wanted {wanted}input_size={self.input_size}) or "
+                f"(time, {self.input_size})"
+            )
+        if input.ndim == 2:
+            inner = None if hx is None else _map(lambda x: x[:, None], hx)
+            y, last = self._run(input[None], inner, segments)
+            return y[0], _map(lambda x: x[:, 0], last)
+        if self.batch_first:
+            return self._run(input, hx, segments)
+        y, last = self._run(input.transpose(0, 1), hx, segments)
+        return y.transpose(0, 1), last
+
+    def _packed(self, input: PackedSequence, hx: Any, segments: Segments | None) -> tuple[PackedSequence, Any]:
+        if segments is not None:
+            raise ValueError("segments: a PackedSequence has its own lengths; give one of the two")
+        x, lengths = nn.utils.rnn.pad_packed_sequence(input, batch_first=True)
+        valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
+        y, last = self._run(x, hx, Segments(torch.zeros_like(valid), valid))
+        return nn.utils.rnn.pack_padded_sequence(y, lengths, batch_first=True, enforce_sorted=False), last
+
+    def _run(self, x: Tensor, hx: Any, segments: Segments | None) -> tuple[Tensor, Any]:
+        """(B, T, input_size) -> (B, T, directions * hidden_size)."""
+        states = self._split(hx, x)
+        turned = None if segments is None or not self.bidirectional else segments.reversed(continues=True)
+        last = []
+        for level in range(self.num_layers):
+            if level:
+                x = self._drop(x)
+            sides = []
+            for side in range(self.directions):
+                index = self.directions * level + side
+                y, after = _read(
+                    self.layers[index], x.flip(1) if side else x, states[index], turned if side else segments
+                )
+                sides.append(y.flip(1) if side else y)
+                last.append(after)
+            x = torch.cat(sides, -1) if self.bidirectional else sides[0]
+        stacked = tuple(torch.stack([state[name] for state in last]) for name in last[0])
+        return x, stacked[0] if len(stacked) == 1 else stacked
+
+    def _split(self, hx: Any, x: Tensor) -> list[State]:
+        """hx as a State for each layer and direction."""
+        cell: Any = _mixer(self.layers[0])
+        empty = cell.init_state(x.shape[0], device=x.device, dtype=x.dtype)
+        if hx is None:
+            return [empty] * len(self.layers)
+        parts, names = (tuple(hx) if isinstance(hx, tuple | list) else (hx,)), tuple(empty)
+        wanted = [(len(self.layers), *empty[name].shape) for name in names]
+        if [tuple(part.shape) for part in parts] != wanted:
+            raise ValueError(
+                f"hx: seen {', '.join(str(tuple(part.shape)) for part in parts)}, wanted {', '.join(names)} of shape "
+                f"{', '.join(map(str, wanted))}: (num_layers * directions, batch, ...)"
+            )
+        return [
+            State({name: part[i].to(empty[name].dtype) for name, part in zip(names, parts, strict=True)})
+            for i in range(len(self.layers))
+        ]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if not self.training or not self.dropout:
+            return x
+        shape = (x.shape[0], 1, x.shape[2]) if self.variational else x.shape
+        return x * nn.functional.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), self.dropout)
+
+    # -- PyTorch's modules ---------------------------------------------------------------------------------------------
+    @classmethod
+    def from_torch(cls, module: nn.LSTM | nn.GRU | nn.RNN) -> RNN:
+        """The same network, with copies of its weights; a module without biases gives biases of zero.
+
+        Raises ValueError for another module, and for an LSTM with `proj_size`, whose state is not ours.
+
+        >>> theirs = torch.nn.LSTM(4, 6)
+        >>> x = torch.randn(5, 2, 4)
+        >>> torch.testing.assert_close(RNN.from_torch(theirs)(x), theirs(x))
+        """
+        name = next((name for name, kind in _TORCH.items() if type(module) is kind), None)
+        if name is None:
+            raise ValueError(f"module: seen {type(module).__name__}, wanted torch.nn.LSTM, GRU or RNN")
+        if module.proj_size:
+            raise ValueError("module: has a proj_size; its state is the projection, ours is what is projected")
+        options = {"nonlinearity": module.nonlinearity} if name == "elman" else {}
+        weight = module.weight_ih_l0
+        rnn = cls(
+            name,
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            batch_first=module.batch_first,
+            dropout=module.dropout,
+            bidirectional=module.bidirectional,
+            device=weight.device,
+            dtype=weight.dtype,
+            **options,
+        )
+        with torch.no_grad():
+            for layer, names in rnn._torch_names():
+                for own, theirs in names.items():
+                    source = getattr(module, theirs, None)
+                    getattr(layer, own).copy_(torch.zeros(()) if source is None else source)
+        return rnn.train(module.training)
+
+    def to_torch(self) -> nn.LSTM | nn.GRU | nn.RNN:
+        """The same network as PyTorch's own module, with copies of the weights.
+
+        Raises ValueError for a cell or an option that PyTorch does not have.
+        """
+        layer: Any = self.layers[0]
+        plain = registry.build(self.cell, self.hidden_size)
+        starts = ("forget_bias", "chrono_length", "recurrent_init")  # how weights begin is no part of the network
+        own = {k: v for k, v in self.options.items() if k not in (*starts, "preset") and v != plain.config()[k]}
+        given = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
+        if self.cell not in _TORCH or own or self.variational:
+            seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
+            raise ValueError(f"cell: PyTorch has no {', '.join(seen)}; it has lstm, gru and elman as they are")
+        weight = layer.weight_ih
+        module = _TORCH[self.cell](
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device=weight.device,
+            dtype=weight.dtype,
+            **given,
+        )
+        with torch.no_grad():
+            for layer, names in self._torch_names():
+                for mine, theirs in names.items():
+                    getattr(module, theirs).copy_(getattr(layer, mine))
+        return module.train(self.training)
+
+    def _torch_names(self) -> list[tuple[Any, dict[str, str]]]:
+        """Each layer, with the name in PyTorch of each of its parameters."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            suffix = f"_l{index // self.directions}" + ("_reverse" if index % self.directions else "")
+            found.append((layer, {k: k + suffix for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}))
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{self.cell!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _layer(name: str, width: int, hidden: int, options: dict[str, Any], factory: dict[str, Any]) -> nn.Module:
+    mixer = registry.build(name, hidden, **options, **factory)
+    if width == hidden:
+        return mixer
+    if isinstance(mixer, CellMixer) and type(mixer).forward is CellMixer.forward:
+        return mixer.with_input_size(width)
+    return nn.Sequential(nn.Linear(width, hidden, **factory), mixer)
+
+
+def _mixer(layer: nn.Module) -> Mixer:
+    found = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    assert isinstance(found, Mixer)
+    return found
+
+
+def _read(layer: nn.Module, x: Tensor, state: State, segments: Segments | None) -> tuple[Tensor, State]:
+    mixer = _mixer(layer)
+    if isinstance(layer, nn.Sequential):
+        x = layer[0](x)
+    if isinstance(mixer, CellMixer) and type(mixer).forward is CellMixer.forward:
+        return mixer.run(x if segments is None else segments.zero_padding(x), state, segments)
+    found: tuple[Tensor, State] = mixer(x, state, segments=segments)
+    return found
+
+
+def _map(function: Any, hx: Any) -> Any:
+    return tuple(map(function, hx)) if isinstance(hx, tuple | list) else function(hx)

@@ -1,0 +1,169 @@
+"""tidegate.RNN beside torch.nn's modules, and what only it has."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import tidegate
+from tidegate import RNN, Segments, registry
+
+KINDS = {
+    "lstm": lambda **o: nn.LSTM(5, 8, **o),
+    "gru": lambda **o: nn.GRU(5, 8, **o),
+    "tanh": lambda **o: nn.RNN(5, 8, **o),
+    "relu": lambda **o: nn.RNN(5, 8, nonlinearity="relu", **o),
+}
+SHAPES = [
+    dict(),
+    dict(num_layers=2, bidirectional=True),
+    dict(num_layers=3, batch_first=True),
+    dict(bias=False, bidirectional=True),
+]
+
+
+def close(a, b, **options):
+    torch.testing.assert_close(a, b, **{"rtol": 1e-10, "atol": 1e-10, **options})
+
+
+def first_state(module, batch):
+    """A first state for a module of PyTorch's."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    h = torch.randn(rows, batch, 8, dtype=torch.float64)
+    return (h, torch.randn_like(h)) if isinstance(module, nn.LSTM) else h
+
+
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_pytorch_s(kind, options):
+    torch.manual_seed(0)
+    theirs = KINDS[kind](**options, dtype=torch.float64)
+    ours = RNN.from_torch(theirs)
+    x = torch.randn(3, 3, 5, dtype=torch.float64)  # the same with and without batch_first
+    close(ours(x), theirs(x))
+    close(ours(x, hx := first_state(theirs, 3)), theirs(x, hx))
+    y, hx = ours(x[:, 0])
+    expected, expected_hx = theirs(x[:, 0])
+    close((y, hx), (expected, expected_hx))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences(kind):
+    torch.manual_seed(0)
+    theirs = KINDS[kind](num_layers=2, bidirectional=True, dtype=torch.float64)
+    ours = RNN.from_torch(theirs)
+    x, first = torch.randn(7, 4, 5, dtype=torch.float64), first_state(theirs, 4)
+    for lengths, ordered in (([3, 7, 1, 5], False), ([7, 5, 5, 2], True)):
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=ordered)
+        for hx in (None, first):
+            (y, last), (expected, expected_last) = ours(packed, hx), theirs(packed, hx)
+            close(pad_packed_sequence(y), pad_packed_sequence(expected))
+            close(last, expected_last)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_there_and_back_are_the_same_bits(kind):
+    torch.manual_seed(0)
+    theirs = KINDS[kind](num_layers=2, bidirectional=True, dropout=0.25)
+    back = RNN.from_torch(theirs).to_torch()
+    assert type(back) is type(theirs)
+    for (name, a), (other, b) in zip(theirs.state_dict().items(), back.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    x = torch.randn(6, 2, 5)
+    theirs.eval(), back.eval()
+    assert torch.equal(theirs(x)[0], back(x)[0])
+    assert back.dropout == 0.25
+
+
+def test_gradients_reach_everything():
+    torch.manual_seed(0)
+    theirs = nn.LSTM(5, 8, num_layers=2, bidirectional=True, dtype=torch.float64)
+    ours = RNN.from_torch(theirs)
+    x = torch.randn(6, 2, 5, dtype=torch.float64)
+    for module in (theirs, ours):
+        module(x)[0].square().sum().backward()
+    for layer, names in ours._torch_names():
+        for mine, other in names.items():
+            close(getattr(layer, mine).grad, getattr(theirs, other).grad)
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names(streaming=True) if registry.info(n).family == "cell"])
+def test_every_cell_in_pieces_and_bidirectional(name):
+    torch.manual_seed(0)
+    options = registry.info(name).tiny
+    rnn = RNN(name, 6, 16, num_layers=2, dtype=torch.float64, **options)
+    x = torch.randn(9, 2, 6, dtype=torch.float64)
+    whole, last = rnn(x)
+    first, hx = rnn(x[:4])
+    second, hx = rnn(x[4:], hx)
+    close(torch.cat([first, second]), whole)
+    close(hx, last)
+    both = RNN(name, 6, 16, bidirectional=True, dtype=torch.float64, **options)
+    y, _ = both(x)
+    assert y.shape == (9, 2, 32)
+    both.layers = nn.ModuleList([both.layers[1], both.layers[0]])
+    turned, _ = both(x.flip(0))
+    close(torch.cat([turned[..., 16:], turned[..., :16]], -1).flip(0), y)
+
+
+def test_documents_in_a_row():
+    rnn = RNN("gru", 5, 8, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    x = torch.randn(1, 9, 5, dtype=torch.float64)
+    y, _ = rnn(x, segments=Segments.packed([[4, 5]]))
+    close(y, torch.cat([rnn(x[:, :4])[0], rnn(x[:, 4:])[0]], 1))
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_dropout_is_between_layers_and_may_be_one_mask_for_all_time(variational, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(30, 2, 5)
+    one = RNN("gru", 5, 8, dropout=0.5, variational=variational)
+    close(one(x), one(x))
+    rnn = RNN("elman", 5, 8, num_layers=2, dropout=0.5, variational=variational)
+    second, seen = rnn.layers[1], []
+    run = second.run
+    monkeypatch.setattr(second, "run", lambda x, *rest: (seen.append(x), run(x, *rest))[1])
+    rnn(x)
+    zero = seen[-1] == 0
+    assert 0.3 < zero.float().mean() < 0.7
+    assert bool((zero == zero[:, :1]).all()) == variational
+    rnn.eval()(x)
+    assert not (seen[-1] == 0).any()
+
+
+def test_other_mixers_stream_in_it_too():
+    rnn = RNN("gla", 5, 16, num_layers=2, batch_first=True, num_heads=2)
+    x = torch.randn(2, 9, 5)
+    whole, _ = rnn(x)
+    first, hx = rnn(x[:, :4])
+    close(torch.cat([first, rnn(x[:, 4:], hx)[0]], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_errors():
+    rnn = RNN("lstm", 5, 8, num_layers=2)
+    x, h = torch.randn(4, 3, 5), torch.zeros(2, 3, 8)
+    for given, message in (
+        (lambda: rnn(torch.randn(4, 3, 6)), r"input: seen shape \(4, 3, 6\), wanted \(time, batch, input_size=5\)"),
+        (lambda: rnn(x, h), r"hx: seen \(2, 3, 8\), wanted h, c of shape \(2, 3, 8\), \(2, 3, 8\)"),
+        (lambda: rnn(x, (h, h[:1])), "hx: seen"),
+        (lambda: RNN("lstm", 5, 8, num_layers=0), "num_layers: seen 0"),
+        (lambda: RNN("lstm", 5, 8, dropout=1.0), "dropout: seen 1.0"),
+        (lambda: RNN("lstmm", 5, 8), "lstmm"),
+        (lambda: RNN("lstm", 5, 8, peepholes=True), "no option 'peepholes', did you mean 'peephole'"),
+        (lambda: RNN("bidirectional", 5, 8), "cell: 'bidirectional' cannot be read from left to right"),
+        (lambda: RNN.from_torch(nn.Linear(2, 2)), "module: seen Linear, wanted torch.nn.LSTM, GRU or RNN"),
+        (lambda: RNN.from_torch(nn.LSTM(5, 8, proj_size=3)), "module: has a proj_size"),
+        (lambda: RNN("lstm", 5, 8, peephole=True).to_torch(), "cell: PyTorch has no lstm, peephole=True"),
+        (lambda: RNN("mgu", 5, 8).to_torch(), "cell: PyTorch has no mgu"),
+        (
+            lambda: rnn(pack_padded_sequence(x, torch.tensor([4, 2, 1])), segments=Segments.packed([[4]])),
+            "segments: a PackedSequence has its own lengths",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            given()
+
+
+def test_it_is_found_at_the_top():
+    assert tidegate.RNN is RNN
