@@ -25,7 +25,7 @@ FAMILIES: Mapping[str, tuple[str, int]] = MappingProxyType(
         "scan": ("diagonal linear recurrence", 4),
         "selective_scan": ("selective state space", 16),
         "cell": ("nonlinear cell", 8),
-        "convolution": ("convolution as long as the sequence", 2),
+        "convolution": ("convolution over time", 2),
     }
 )
 

@@ -18,6 +18,7 @@ PNG = b"\x89PNG"
     [
         (["ops"], list(CASES)),
         (["mixers", "--only", "deltanet,gated-deltanet"], ["deltanet", "gated-deltanet"]),
+        (["cells", "--only", "lstm,torch/lstm,loop/gru"], ["lstm", "torch/lstm", "loop/gru"]),
         (["model", "--only", "deltanet,attention"], ["deltanet", "attention"]),
         (["decode", "--only", "deltanet"], ["deltanet"]),
     ],

@@ -16,7 +16,6 @@ from tidegate import Segments, mixers
 from tidegate.infer import Unsupported, compile_step
 from tidegate.mixers import seqboat
 from tidegate.mixers.seqboat import SeqBoat
-from tidegate.nn.compression import Compression
 from tidegate.nn.ema import MovingAverage
 from tidegate.nn.rotary import rotary
 
@@ -148,22 +147,6 @@ def test_the_average_starts_as_published():
         MovingAverage(4, 0)
 
 
-# -- compression -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_compression_row_by_row(share):
-    active = torch.rand(4, 13) < share
-    x = torch.randn(4, 13, 3, requires_grad=True)
-    few = Compression(active)
-    assert few.length == max(row.sum() for row in active)
-    wanted = torch.zeros(4, few.length, 3)
-    for row, tokens in enumerate(active):
-        wanted[row, : tokens.sum()] = x[row, tokens].detach()
-    assert torch.equal(few.compress(x), wanted)
-    back = few.extract(few.compress(x))
-    assert torch.equal(back, torch.where(active[..., None], x, 0))
-    assert torch.equal(torch.autograd.grad(back.sum(), x)[0], active[..., None].expand_as(x).float())
-
-
 # -- SeqBoat -----------------------------------------------------------------------------------------------------------
 def boat(dtype=torch.float64, **options):
     return replace(BOAT, options=BOAT.options | options).build(dtype)
@@ -216,7 +199,7 @@ def test_compressed_is_masked(monkeypatch, kind, dtype):
 
     def masked(x, state):
         with monkeypatch.context() as patch:
-            patch.setattr(seqboat, "may_compress", lambda x: False)
+            patch.setattr(seqboat, "leaves_out", lambda x: False)
             return mixer(x, state, segments=segments)
 
     check_equal(mixer, whole(mixer, segments), masked, x, state)

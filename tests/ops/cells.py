@@ -38,7 +38,8 @@ def blocks(U: Tensor, q: Tensor) -> Tensor:
 
 
 def where(condition: Tensor, value: Any, other: Any) -> Tensor:
-    one = torch.ones(condition.shape, dtype=torch.float64)
+    one = torch.ones(getattr(condition, "shape", ()), dtype=torch.float64)
+    condition = torch.as_tensor(condition)
     return torch.where(condition, value * one, other * one)
 
 
@@ -49,7 +50,10 @@ def functions(heads: int, like: Tensor) -> dict[str, Any]:
         total = sum(q + torch.zeros_like(like) for q in quantities) / len(quantities)
         return total.unflatten(-1, (heads, -1)).mean(-1, keepdim=True).expand(-1, heads, like.shape[1] // heads).flatten(1)
 
-    return {
+    def of_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *given: function(*(torch.as_tensor(x, dtype=torch.float64) for x in given))
+
+    known = {
         "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
         "tanh": torch.tanh,
         "exp": torch.exp,
@@ -65,6 +69,7 @@ def functions(heads: int, like: Tensor) -> dict[str, Any]:
         "where": where,
         "mean": mean,
     }
+    return {name: function if name == "where" else of_numbers(function) for name, function in known.items()}
 
 
 def python_step(cell: Cell) -> Step:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,22 +64,10 @@ def gru_before(n, h):
     return h, (h,)
 
 
-SLSTM = """
-    i = W_i @ x + U_i @ h
-    a = log_sigmoid(W_f @ x + U_f @ h) + m
-    m = maximum(a, i)
-    keep = exp(a - m)
-    write = exp(i - m)
-    c = keep * c + write * tanh(W_z @ x + U_z @ h)
-    n = keep * n + write
-    h = sigmoid(W_o @ x + U_o @ h) * c / n
-"""
-
-
 def slstm(n, h, c, norm, m):
     i, forget = n.W_i + n.U_i(h), torch.nn.functional.logsigmoid(n.W_f + n.U_f(h))
-    new = torch.maximum(forget + m, i)
-    f, i = exp(forget + m - new), exp(i - new)
+    new = torch.where(norm > 0, torch.maximum(forget + m, i), i)
+    f, i = torch.where(norm > 0, exp(forget + m - new), 0.0), exp(i - new)
     c, norm = f * c + i * tanh(n.W_z + n.U_z(h)), f * norm + i
     h = sigmoid(n.W_o + n.U_o(h)) * c / norm
     return h, (h, c, norm, new)
@@ -117,7 +105,7 @@ CELLS = {  # those of mixers have the same text, so that their kernels are compi
     "layer-norm": (mixers.build("lstm", 4, layer_norm=True).cell, layer_norm),
     "gru-after": (mixers.build("gru", 4).cell, gru_after),
     "gru-before": (mixers.build("gru", 4, reset="before").cell, gru_before),
-    "slstm": (Cell(SLSTM, "h c n m"), slstm),
+    "slstm": (mixers.build("slstm", 4).cell, slstm),
     "indrnn": (Cell("h = relu(W @ x + u * h + b)", "h"), indrnn),
     "elman": (Cell("h = tanh(W @ x + U @ h)", "h"), elman),
     "rhn": (Cell(RHN, "h"), rhn),
@@ -195,8 +183,6 @@ def test_equals_the_equations(name):
     for batch, time, heads, dim in ((3, 5, 2, 6), (1, 1, 1, 3), (2, 2, 1, 1)):
         for segments in layouts(batch, time):
             given = arguments(cell, batch, time, heads, dim)
-            if segments is not None and "n" in cell.states:  # this sLSTM has no start but from a normaliser
-                segments = Segments(torch.zeros_like(segments.starts), segments.valid)
             wanted = results(lambda *leaves, s=segments: loop(step, *leaves, s), given)
             found = results(lambda *leaves, s=segments: cell(*leaves, segments=s), given)
             assert_near(found, wanted, 1e-9, "the operator and the equations")
@@ -211,8 +197,6 @@ def test_kernels_equal_the_equations(name):
     for batch, time, heads, dim in ((3, 9, 2, 14), (9, 4, 1, 20), (1, 1, 1, 3), (2, 3, 4, 4)):
         for segments in layouts(batch, time):
             given = arguments(cell, batch, time, heads, dim)
-            if segments is not None and "n" in cell.states:
-                segments = Segments(torch.zeros_like(segments.starts), segments.valid)
             wanted = results(lambda *leaves, s=segments: loop(step, *leaves, s), given)
             tolerance = NORM_TOLERANCE if name == "layer-norm" else KERNEL_TOLERANCE
             assert_near(kernel(cell, given, segments), wanted, tolerance, "kernels and the equations")
@@ -296,7 +280,7 @@ def test_derivatives_of_derivatives():
 
 
 # -- what flows back ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("clip", "cut"), [(0.02, None), (None, 3), (0.05, 2), (None, 1)])
+@pytest.mark.parametrize(("clip", "cut"), [(1 / 64, None), (None, 3), (1 / 16, 2), (None, 1)])
 def test_what_flows_back_can_be_clipped_and_cut(clip, cut):
     """By the definition: step by step back, with what flows into the states before a token bounded, or dropped."""
     cell, step = CELLS["lstm"][0], literal("lstm")
@@ -435,7 +419,7 @@ EDGES = {
     "a product twice": ("a = U @ h\nh = a * (U @ h) + W @ x + V @ (U @ h)", "h"),
     "an output apart": ("h = tanh(W @ x + U @ h)\ny = V @ (h * V_x)", "h"),
     "reassigned": ("a = W @ x\na = a * h\na = a + U @ a\nh = tanh(a)\nh = h * a", "h"),
-    "plain numbers": ("k = 0.5 * 3\nh = sigmoid(0) * h / k + where(x < 0, 0.1, 0.2) + where(1 < 2, x, h)", "h"),
+    "plain numbers": ("k = tanh(0.7)\nk = exp(k) * 0.5 * 3\nh = sigmoid(0) * h / k + where(x < 0, 0.1, 0.2) + where(1 < 2, x, h)", "h"),
 }
 
 
@@ -508,7 +492,7 @@ def programs(draw: st.DrawFn) -> tuple[str, str]:
     return "\n".join(lines), " ".join(states)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(program=programs(), seed=st.integers(0, 1000))
 def test_any_cell_equals_its_text(program, seed):
     """The step in PyTorch, and kernels as they are written, against Python that reads the same equations."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tidegate.nn.mixer import Mixer
 from tidegate.train.metrics_file import read_metrics
 from tidegate.train.run import train
 
@@ -171,6 +172,15 @@ def test_early_stop_and_best_model(recipe, tmp_path):
     assert result.step < 200
     again = train(recipe(changes), tmp_path / "run", resume=True)
     assert again.step == result.step
+
+
+def test_bounds_are_restored_after_every_step(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Mixer, "constrain_", lambda mixer: seen.append(mixer.o_proj.weight.detach().clone()))
+    train(recipe({"training.steps": 3}), tmp_path / "run")
+    assert len(seen) == 3 * 2  # layers
+    assert not torch.equal(seen[-1], seen[-3])
+    assert torch.equal(seen[-1], load_file(tmp_path / "run" / "model.safetensors")["blocks.1.mixer.o_proj.weight"])
 
 
 def test_folder_is_guarded(finished, recipe, tmp_path):

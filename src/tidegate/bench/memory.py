@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_SUBJECTS = ("ops", "mixers", "model")
+_SUBJECTS = ("ops", "mixers", "cells", "model")
 _TINY = 32
 _M_MMAP_THRESHOLD = -3  # malloc.h
 

@@ -21,6 +21,7 @@ class Subject(StrEnum):
 
     ops = "ops"
     mixers = "mixers"
+    cells = "cells"
     model = "model"
     decode = "decode"
 
@@ -38,6 +39,7 @@ class Defaults:
 DEFAULTS = {
     Subject.ops: Defaults("64,128", "512,1024,2048,4096,8192", 4, ("heads", "key_dim", "value_dim")),
     Subject.mixers: Defaults("32,64", "1024,2048,4096,8192,16384,32768", 1, ("dim",)),
+    Subject.cells: Defaults("32", "256,1024", 16, ("dim", "heads")),
     Subject.model: Defaults("32,64", "512,4096,16384", 1, ("dim", "layers", "vocabulary")),
     Subject.decode: Defaults("10,100", "100,1000,10000,100000", 1, ("dim",)),
 }
@@ -71,12 +73,14 @@ def bench(
     subject: Annotated[Subject, typer.Argument(help="What to time; decode is single tokens of mixers.")] = Subject.ops,
     only: Annotated[str | None, typer.Option(help="Names to time, by commas; default all.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Lengths T by commas (decode: tokens before).")] = None,
-    batch: Annotated[str | None, typer.Option(help="Sequences per call, by commas; default 4 for ops, else 1.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="Sequences per call, by commas; default 4 for ops, 16 for cells, else 1.")
+    ] = None,
     threads: Annotated[str | None, typer.Option(help="Threads, by commas; default as PyTorch chooses.")] = None,
-    heads: Annotated[int, typer.Option(min=1, help="Heads (ops).")] = 4,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads; default 4 for ops, 1 for cells.")] = None,
     key_dim: Annotated[int, typer.Option(min=1, help="Key dimension K (ops).")] = 64,
     value_dim: Annotated[int, typer.Option(min=1, help="Value dimension V (ops).")] = 64,
-    dim: Annotated[int, typer.Option(min=1, help="Width D (mixers, model, decode).")] = 256,
+    dim: Annotated[int, typer.Option(min=1, help="Width D (all but ops).")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Layers (model).")] = 4,
     vocabulary: Annotated[int, typer.Option(min=1, help="Tokens in the vocabulary (model).")] = 256,
     repetitions: Annotated[int, typer.Option(min=1, help="Rounds; the median of them is reported.")] = 7,
@@ -87,9 +91,9 @@ def bench(
 ) -> None:
     """Time ops, mixers or whole models: forward, and with backward, over lengths, batches and threads.
 
-    What is compared is measured in turns: all ops or models of a length and the machine's own ceilings; all lengths of
-    a mixer; one token after a short and a long past. Medians are reported, and the distance between quartiles as the
-    spread. A model's training step includes the optimiser's.
+    What is compared is measured in turns: all ops, cells or models of a length and the machine's own ceilings; all
+    lengths of a mixer; one token after a short and a long past. Medians are reported, and the distance between
+    quartiles as the spread. A model's training step includes the optimiser's.
     """
     from tidegate.bench import machine, report
 
@@ -99,6 +103,7 @@ def bench(
     chosen = numbers("--lengths", (defaults.quick if quick else defaults.lengths) if lengths is None else lengths)
     batches = [1 if quick else defaults.batch] if batch is None else numbers("--batch", batch)
     counts: list[Any] = [None] if threads is None else numbers("--threads", threads)
+    heads = heads or (1 if subject is Subject.cells else 4)
     given = dict(heads=heads, key_dim=key_dim, value_dim=value_dim, dim=dim, layers=layers, vocabulary=vocabulary)
     sizes = {name: given[name] for name in defaults.sizes}
     if quick:
@@ -171,6 +176,10 @@ def _all(subject: Subject, longest: int, dim: int, console: Any) -> list[str]:
         from tidegate.bench import ops
 
         return list(ops.CASES)
+    if subject is Subject.cells:
+        from tidegate.bench import cells
+
+        return cells.names()
     if subject is Subject.decode:
         return _quick_to_fill(longest, dim, console)
     return registered(streaming=subject is Subject.model)
@@ -269,6 +278,10 @@ def _peer(subject: Subject) -> str:
         from tidegate.bench import ops
 
         return ops.PEER
+    if subject is Subject.cells:
+        from tidegate.bench import cells
+
+        return cells.PEER
     if subject is Subject.model:
         from tidegate.bench import model
 

@@ -17,12 +17,21 @@ def show(
     name: Annotated[str, typer.Argument(help="A mixer, as `tidegate list` names them.")],
     dim: Annotated[int, typer.Option(min=1, help="The width at which costs are counted.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    source: Annotated[bool, typer.Option(help="Print the code that is written from a cell's equations.")] = False,
+    preset: Annotated[str | None, typer.Option(help="With --source: a preset, which may have other equations.")] = None,
 ) -> None:
     """Explain one mixer: equation, paper, options with defaults, presets, exceptions, an example."""
     from tidegate import registry
     from tidegate.bench import mixers
 
     info = registry.info(name)
+    if source:
+        if as_json:
+            raise ValueError("--source prints Python, which --json does not; wanted one of the two")
+        print(generated(name, preset))
+        return
+    if preset is not None:
+        raise ValueError("--preset: wanted --source beside it; presets are part of what is shown without")
     documentation = inspect.getdoc(info.cls) or ""
     facts: dict[str, Any] = {
         "name": info.name,
@@ -62,6 +71,27 @@ def equation(documentation: str) -> str:
             blocks.append(textwrap.dedent("\n".join(block)).strip("\n"))
             block = []
     return "\n\n".join(text for text in blocks if not text.lstrip().startswith(">>>"))
+
+
+def generated(name: str, preset: str | None = None) -> str:
+    """The source that `tidegate.ops.Cell` writes for a mixer, with its default options or a preset's.
+
+    Raises ValueError for a mixer that is no cell.
+    """
+    from tidegate import registry
+    from tidegate.ops import Cell
+
+    def cell(name: str, **options: Any) -> Any:
+        return getattr(registry.build(name, 64, device="meta", **options), "cell", None)
+
+    found = cell(name, **({} if preset is None else {"preset": preset}))
+    if isinstance(found, Cell):
+        return found.source
+    others = [n for n in registry.names() if registry.info(n).family == "cell" and isinstance(cell(n), Cell)]
+    raise ValueError(
+        f"--source: {name} is not written as equations, there is no code made from them; its own is in "
+        f"{registry.info(name).cls.__module__}. Cells are {', '.join(others)}"
+    )
 
 
 def example(name: str, dim: int) -> str:

@@ -46,7 +46,7 @@ class FSMN(Mixer):
       that what goes from layer to layer, and can be skipped to, is the memory.
     - `look_ahead` adds as many taps on later tokens, `look_ahead_stride` apart. A causal layer can only answer late
       then: y_t is what the equation gives for t - delay, delay = look_ahead * look_ahead_stride, with zeros before a
-      document's start; the answers for a document's last tokens come if as many tokens follow. x in the sums is as late.
+      document's start, and the x of the equation is as late; a document's last answers come if as many tokens follow.
 
     Initialisation: projections as PyTorch has them, taps uniform in ±(number of taps)^(-1/2).
     Source: arXiv 1512.08301; cFSMN Zhang et al. 2016 (Interspeech); DFSMN 1803.05030. Shapes: x, y (B, T, dim).
@@ -122,7 +122,7 @@ class FSMN(Mixer):
 
     def _kernel(self) -> Tensor:
         """The taps with zeros between them, (dim, W), the last column on the newest token; and p itself, if compact."""
-        taps = self.taps_weight
+        taps: Tensor = self.taps_weight
         if self.compact:
             taps = taps + functional.one_hot(torch.tensor(self.order, device=taps.device), taps.shape[1]).to(taps.dtype)
         before, after = taps.unsqueeze(-1).split([self.order + 1, self.look_ahead], 1)

@@ -30,10 +30,10 @@ class IndRNN(CellMixer):
     - u is a vector: channels meet in the next layer. While relu stays positive it is a linear recurrence, which keeps
       what it has read for as long as u is near 1; with |u| > 1 it grows without bound.
     - `constrain_()` therefore clips u to ±bound, bound = gamma^(1 / length), or 1 if no `length` of the sequences is
-      given: call it after every optimiser step, as the paper does. (For sequences of 20 tokens none is needed.) Weight
-      decay leaves u alone.
-    - u starts uniform in (0, `max_recurrent`), by default the bound. `only_last`, for a last layer of which only the
-      last output is read, needs long memory in every channel: it starts u in (1 / gamma, gamma) to the power 1 / length.
+      given. It belongs after every optimiser step, as in the paper: `tidegate train` and the tasks call it, so should a
+      training loop of your own. Weight decay leaves u alone.
+    - u starts uniform in (0, `max_recurrent`), by default the bound. `only_last` is for a last layer of which only the
+      last output is read, where every channel needs a long memory: u starts uniform in (1 / bound, bound).
 
     Initialisation: W uniform in ±dim^(-1/2), b zero, u as above.
     Source: arXiv 1803.04831. Shapes: x, y (B, T, dim). State: h (dim).
@@ -61,9 +61,8 @@ class IndRNN(CellMixer):
         if gamma < 1:
             raise ValueError(f"gamma: seen {gamma}, wanted at least 1")
         if max_recurrent is not None and not 0 < max_recurrent <= self.bound:
-            raise ValueError(
-                f"max_recurrent: seen {max_recurrent}, wanted more than 0 and at most the bound, {self.bound:.6g}, or None"
-            )
+            bound = f"the bound, {self.bound:.6g}"
+            raise ValueError(f"max_recurrent: seen {max_recurrent}, wanted more than 0 and at most {bound}, or None")
         self.u = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))  # of one axis, as what bounds it is its own
         self._build(CELLS[nonlinearity], 1, device, dtype, vectors=False)
         self.no_weight_decay = ("u",)

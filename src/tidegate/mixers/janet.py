@@ -27,8 +27,8 @@ class JANET(CellMixer):
 
     - An LSTM with the forget gate alone. `beta` > 0 lets more in than was let go: at its value of 1 the two shares
       add up to more than one, so that new inputs count beside old ones; at 0 they are coupled.
-    - `chrono_length` draws b_f = log U(1, length - 1), for memories of up to that many tokens, as the paper has it, with
-      the length of its sequences; `forget_bias` is b_f without it.
+    - `chrono_length` draws b_f = log U(1, length - 1), for memories of up to that many tokens; the paper has it at the
+      length of its sequences. `forget_bias` is b_f without it.
     - `num_heads` makes U block-diagonal: heads do not see each other, and the recurrence costs that much less.
 
     Initialisation: uniform in ±dim^(-1/2) but for b_f and b_g = 0.
@@ -51,7 +51,11 @@ class JANET(CellMixer):
         self.dim, self.beta, self.forget_bias, self.chrono_length = dim, beta, forget_bias, chrono_length
         check_chrono(chrono_length)
         # 1 - sigmoid(s - beta) = sigmoid(beta - s), which keeps its digits where it is small.
-        lines = ["s = W_f @ x + U_f @ c", "g = tanh(W_g @ x + U_g @ c)", f"c = sigmoid(s) * c + sigmoid({beta} - s) * g"]
+        lines = [
+            "s = W_f @ x + U_f @ c",
+            "g = tanh(W_g @ x + U_g @ c)",
+            f"c = sigmoid(s) * c + sigmoid({beta} - s) * g",
+        ]
         self._build(Cell("\n".join(lines), "c"), num_heads, device, dtype)
 
     @torch.no_grad()

@@ -58,7 +58,9 @@ class Jordan(CellMixer):
         if not 0 <= alpha < 1:
             raise ValueError(f"alpha: seen {alpha}, wanted a number in [0, 1)")
         if nonlinearity not in NONLINEARITIES:
-            raise ValueError(f"nonlinearity: seen {nonlinearity!r}, wanted one of {', '.join(map(repr, NONLINEARITIES))}")
+            raise ValueError(
+                f"nonlinearity: seen {nonlinearity!r}, wanted one of {', '.join(map(repr, NONLINEARITIES))}"
+            )
         if output_activation not in READOUTS:
             raise ValueError(
                 f"output_activation: seen {output_activation!r}, wanted one of {', '.join(map(repr, READOUTS))}"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.mixers.gated_attention_unit import ACTIVATIONS, GatedAttentionUnit
-from tidegate.nn.compression import Compression, may_compress
 from tidegate.nn.ema import MovingAverage
 from tidegate.nn.mixer import Mixer, accumulation_dtype
 from tidegate.nn.rotary import token_positions
+from tidegate.nn.routing import leaves_out
 from tidegate.registry import register
-from tidegate.segments import Segments, zero_padding
+from tidegate.segments import Segments, reorder, zero_padding
 from tidegate.state import State
 
 ROUTERS = ("softmax", "sigmoid")
@@ -205,28 +205,29 @@ class SeqBoat(Mixer):
         """The unit over the active tokens of m, zero for all others, and its state."""
         if self.router_proj is None:
             return unit(m, past, segments=segments, positions=positions)
-        starts = torch.zeros_like(active) if segments is None else segments.starts
-        inner = Segments(starts, active)  # to the unit, what is inactive is padding
-        if not may_compress(m):
-            h, after = unit(m, past, segments=inner, positions=positions)
-        elif (few := Compression(active)).length:
-            given = Segments(few.compress(inner.starts), few.compress(active))
-            near = None if positions is None else few.compress(positions.expand(active.shape))
-            whole = segments is None and few.full
-            h, after = unit(few.compress(m), past, segments=None if whole else given, positions=near)
-            h = few.extract(h)
+        nothing = torch.zeros_like(active)
+        # To the unit, what is inactive is padding.
+        inner, emptied = (Segments(nothing, ~nothing) if segments is None else segments).routed(active)
+        if leaves_out(m):
+            h, after = _compressed(unit, m, past, inner, positions)
         else:
-            h, after = torch.zeros_like(m), past
-            if after is None:
-                after = unit.init_state(len(m), device=m.device, dtype=m.dtype)
-        return h, after if segments is None else after.map(_unless(_begins(segments, active)))
+            h, after = unit(m, past, segments=inner, positions=positions)
+        return h, after if segments is None else after.map(lambda leaf: _unless(emptied, leaf))
 
 
-def _begins(segments: Segments, active: Tensor) -> Tensor:
-    """(B,) whether the last document has begun and had no active token yet: the unit has not heard of it."""
-    time = torch.arange(active.shape[1], device=active.device)
-    return torch.where(segments.starts, time, -1).amax(1) > torch.where(active, time, -1).amax(1)
+def _compressed(
+    unit: GatedAttentionUnit, m: Tensor, past: State | None, segments: Segments, positions: Tensor | None
+) -> tuple[Tensor, State]:
+    """The unit on its real tokens alone, moved together and cut to the most that a row has."""
+    length = int(segments.lengths().max()) if len(m) else 0
+    if not length:
+        return torch.zeros_like(m), past or unit.init_state(len(m), device=m.device, dtype=m.dtype)
+    moved, order, place = segments.compacted()
+    order, time = order[:, :length], m.shape[1]
+    near = None if positions is None else reorder(positions.expand(segments.shape), order)
+    h, after = unit(reorder(m, order), past, segments=moved[:length], positions=near)
+    return reorder(nn.functional.pad(h, (0, 0, 0, time - length)), place), after
 
 
-def _unless(forgets: Tensor) -> Any:
-    return lambda leaf: torch.where(forgets.view(-1, *[1] * (leaf.ndim - 1)), 0, leaf)
+def _unless(emptied: Tensor, leaf: Tensor) -> Tensor:
+    return torch.where(emptied.view(-1, *[1] * (leaf.ndim - 1)), 0, leaf)

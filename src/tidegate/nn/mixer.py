@@ -36,6 +36,9 @@ class Mixer(nn.Module):
         for part in self.children():
             part.reset_parameters()  # type: ignore[operator]
 
+    def constrain_(self) -> None:
+        """Bring parameters back within their bounds, if they have any: training calls this after every step."""
+
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> State:
@@ -76,6 +79,13 @@ class Mixer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+
+def constrain_(model: nn.Module) -> None:
+    """`Mixer.constrain_` for every mixer of a model: what comes after an optimiser's step."""
+    for part in model.modules():
+        if isinstance(part, Mixer):
+            part.constrain_()
 
 
 def grows(spec: Any) -> bool:

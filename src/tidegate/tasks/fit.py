@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.mixer import constrain_
 from tidegate.nn.schedule import factor
 from tidegate.nn.weight_decay import weight_decay_groups
 from tidegate.tasks.score import losses as losses_of
@@ -60,6 +61,7 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimiser.step()
+        constrain_(model)
         if say is not None:
             say(step + 1, seen[-1])
     return seen

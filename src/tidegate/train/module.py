@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tidegate.nn.mixer import constrain_
 from tidegate.nn.schedule import factor
 from tidegate.nn.weight_decay import weight_decay_groups
 from tidegate.tasks.language.data import segments_of
@@ -70,6 +71,11 @@ class LanguageModule(LightningModule):
             "learning_rate": optimizer.param_groups[0]["lr"],
             "gradient_norm": total,
         }
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """The optimiser's step, and then what mixers bound."""
+        super().optimizer_step(*arguments, **options)
+        constrain_(self.model)
 
     def configure_optimizers(self) -> Any:
         """AdamW, without decay on norms, biases, gates and decays; the schedule moves every step."""

@@ -6,7 +6,7 @@ import io
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FEW = 8  # heads that get a line of their own
 MANY = 64  # heads that are looked at, evenly spaced, where there are more (the channels of a scan)
 LABELLED = 48  # tokens that are written along the axes
-INK, PALE = "#263238", "#eceff1"
+INK, GREY, LINE, PALE = "#263238", "#607d8b", "#b0bec5", "#eceff1"
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ def picture(views: Sequence[View], titles: Sequence[str], tokens: Sequence[str] 
     """A PNG with a row per system; `tokens` are written along the axes where they are few, and the system's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13.5, 4.3 * len(views) + 0.6), layout="constrained", facecolor="white")
-    panels = figure.subplots(len(views), 3, squeeze=False, width_ratios=(1.15, 1, 1.25))
-    for (attention, circle, fading), view, name in zip(panels, views, titles, strict=True):
+    figure = Figure(figsize=(15, 4.7 * len(views) + 0.4), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03)  # type: ignore[union-attr, call-arg]
+    panels = figure.subplots(len(views), 3, squeeze=False, width_ratios=(1.2, 1, 1.15))
+    for (attention, eigenvalues, fading), view, name in zip(panels, views, titles, strict=True):
         _draw_attention(attention, view, tokens)
-        _draw_eigenvalues(circle, view)
+        _draw_eigenvalues(eigenvalues, view)
         _draw_profile(fading, view)
-        attention.set_title(name, loc="left", fontsize=12, fontweight="bold", color=INK)
-        circle.set_title("eigenvalues of the transitions", fontsize=10, color=INK)
-        fading.set_title("how it fades", fontsize=10, color=INK)
+        attention.set_title(name, loc="left", fontsize=14, fontweight="bold", color=INK, pad=10)
+        kind = f"{view.system.op.replace('_', ' ')}, {view.count} {view.unit}{'s' if view.count > 1 else ''}"
+        attention.set_title(kind, loc="right", fontsize=10, color=GREY, pad=10)
+        fading.set_title("how it fades", fontsize=11, color=INK, pad=10)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
@@ -69,74 +71,100 @@ def _draw_attention(panel: Axes, view: View, tokens: Sequence[str]) -> None:
     weights = size.unflatten(-1, (time, -1)).sum(-1).mean(0).numpy()
     weights = weights / np.maximum(weights.max(1, keepdims=True), np.finfo(float).tiny)
     weights[np.triu_indices(time, 1)] = np.nan
-    ink = LinearSegmentedColormap.from_list(
-        "ink", ["#ffffff", "#b2dfdb", "#26a69a", "#00695c", "#062b2b"]
-    ).with_extremes(bad=PALE)
-    panel.imshow(weights, cmap=ink, norm=PowerNorm(0.6, 0, 1), interpolation="nearest")
+    shades = ["#ffffff", "#b2dfdb", "#26a69a", "#00695c", "#062b2b"]
+    ink = LinearSegmentedColormap.from_list("ink", shades).with_extremes(bad="white")
+    panel.imshow(weights, cmap=ink, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    panel.plot(*_staircase(time), color=LINE, linewidth=0.8)
     own = len(tokens) == time and view.system.segments is None
     if own and time <= LABELLED:
         labels = [visible(token) for token in (reversed(tokens) if view.system.backwards else tokens)]
-        size_of_letters = min(9.0, 260 / time)
-        panel.set_xticks(range(time), labels, rotation=90, fontsize=size_of_letters, family="monospace")
-        panel.set_yticks(range(time), labels, fontsize=size_of_letters, family="monospace")
-        panel.tick_params(length=0, pad=2, colors=INK)
+        letters: dict[str, Any] = {"fontsize": min(10.0, 330 / time), "family": "monospace"}
+        panel.set_xticks(range(time), labels, rotation=90 if max(map(len, labels)) > 1 else 0, **letters)
+        panel.set_yticks(range(time), labels, **letters)
+        panel.tick_params(length=0, pad=3, colors=INK)
     else:
         panel.tick_params(labelsize=8, colors=INK)
-    panel.set_xlabel("token that wrote", fontsize=9, color=INK)
-    panel.set_ylabel("token that reads", fontsize=9, color=INK)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
+    panel.set_xlabel("token that wrote", fontsize=9, color=GREY)
+    panel.set_ylabel("token that reads", fontsize=9, color=GREY)
+    _without_frame(panel)
+
+
+def _staircase(time: int) -> tuple[np.ndarray, np.ndarray]:
+    """The border of what a causal matrix may hold."""
+    steps = np.arange(time + 1) - 0.5
+    x, y = np.repeat(steps, 2)[1:], np.repeat(steps, 2)[:-1]
+    return np.concatenate([[-0.5], x, [-0.5, -0.5]]), np.concatenate([[-0.5], y, [time - 0.5, -0.5]])
 
 
 def _draw_eigenvalues(panel: Axes, view: View) -> None:
-    """Complex ones as points in the plane; real ones as a density on the real line. Both with the unit circle."""
+    """Complex ones as points in the plane, with the unit circle; real ones as a density on the line."""
     numbers = view.system.eigenvalues[0][~view.system.matrices.first()[0]]  # (tokens, H, 1 or N)
     real, imaginary = numbers.real.numpy(), numbers.imag.numpy()
-    on_the_line = not len(real) or np.abs(imaginary).max() < 1e-9
-    far = np.quantile(np.hypot(real, imaginary), 0.99) if len(real) else 1.0
+    far = np.quantile(np.hypot(real, imaginary), 0.99) if real.size else 1.0
     limit = float(np.clip(1.05 * far, 1.15, 2.5))
+    if not real.size or np.abs(imaginary).max() < 1e-9:
+        _draw_line(panel, view, real, limit)
+    else:
+        _draw_plane(panel, view, real, imaginary, limit)
+    outside = float((np.hypot(real, imaginary) > limit * (1 + 1e-9)).mean()) if real.size else 0.0
+    title = "eigenvalues of the transitions" + (f" ({outside:.1%} further out)" if outside >= 5e-4 else "")
+    panel.set_title(title, fontsize=11, color=INK, pad=10)
+    panel.tick_params(labelsize=9, length=0, colors=INK)
+    _without_frame(panel)
+
+
+def _draw_plane(panel: Axes, view: View, real: np.ndarray, imaginary: np.ndarray, limit: float) -> None:
     turn = np.linspace(0, 2 * np.pi, 361)
     panel.fill(np.cos(turn), np.sin(turn), color=PALE, zorder=0)
-    panel.plot(np.cos(turn), np.sin(turn), color="#90a4ae", linewidth=1, zorder=1)
-    panel.axhline(0, color="#b0bec5", linewidth=0.7, zorder=1)
-    panel.axvline(0, color="#b0bec5", linewidth=0.7, zorder=1)
-    groups = _groups(view, real.shape[1] if len(real) else 1)
-    if on_the_line:
-        edges = np.linspace(-limit, limit, 93)
-        densities = [np.histogram(real[:, heads], bins=edges)[0] for heads, _ in groups]
-        highest = max(max((density.max() for density in densities), default=1), 1)
-        for density, (_, colour) in zip(densities, groups, strict=True):
-            height = np.append(density, density[-1]) / highest * 0.9
-            panel.fill_between(edges, height, step="post", color=colour, alpha=0.45, linewidth=0, zorder=2)
-            panel.step(edges, height, where="post", color=colour, linewidth=1, zorder=3)
-    else:
-        points = sum(real[:, heads].size for heads, _ in groups)
-        dot, alpha = (14, 0.55) if points < 600 else (7, 0.3) if points < 6000 else (3, 0.15)
-        for heads, colour in groups:
-            panel.scatter(real[:, heads], imaginary[:, heads], s=dot, color=colour, alpha=alpha, linewidth=0, zorder=2)
-    outside = float((np.abs(real) > limit).mean()) if len(real) else 0.0
-    if outside > 0:
-        panel.text(
-            0.98, 0.02, f"{outside:.1%} further out", transform=panel.transAxes, ha="right", fontsize=8, color=INK
-        )
-    panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-    panel.tick_params(labelsize=8, colors=INK)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
+    panel.plot(np.cos(turn), np.sin(turn), color=LINE, linewidth=1, zorder=1)
+    panel.axhline(0, color=LINE, linewidth=0.7, zorder=1)
+    panel.axvline(0, color=LINE, linewidth=0.7, zorder=1)
+    dot, alpha = (16, 0.6) if real.size < 600 else (8, 0.35) if real.size < 6000 else (4, 0.2)
+    for heads, colour in _groups(view, real.shape[1]):
+        panel.scatter(real[:, heads], imaginary[:, heads], s=dot, color=colour, alpha=alpha, linewidth=0, zorder=2)
+    panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[-1, 0, 1])
+    panel.set_yticks([-1, 0, 1], ["-i", "0", "i"])
+
+
+def _draw_line(panel: Axes, view: View, real: np.ndarray, limit: float) -> None:
+    """A ridge for every head, or one for all of many. Heights are square roots, so that few are seen beside many."""
+    groups = _groups(view, real.shape[1] if real.size else 1)
+    panel.axvspan(-1, 1, color=PALE, zorder=0)
+    for place in (-1, 0, 1):
+        panel.axvline(place, color=LINE, linewidth=1, zorder=1)
+    fine = int(np.clip(1.5 * np.sqrt(real.size / len(groups)) / limit, 10, 60))  # bins between 0 and 1
+    edges = np.arange(-np.ceil(limit * fine), np.ceil(limit * fine) + 1) / fine + 1e-9  # 1 belongs to what is below
+    for index, (heads, colour) in enumerate(groups):
+        floor = len(groups) - 1 - index
+        height = np.sqrt(np.histogram(real[:, heads], bins=edges)[0]) if real.size else np.zeros(len(edges) - 1)
+        height = np.append(height, height[-1]) / max(height.max(), 1) * 0.86
+        panel.fill_between(edges, floor, floor + height, step="post", color=colour, alpha=0.55, linewidth=0, zorder=2)
+        panel.step(edges, floor + height, where="post", color=colour, linewidth=1, zorder=3)
+        if len(groups) > 1:
+            label = f" {view.unit} {view.heads[index]}"
+            panel.text(-limit, floor + 0.08, label, fontsize=8, color=colour, zorder=4)
+    panel.set(xlim=(-limit, limit), ylim=(-0.02 * len(groups), len(groups)), yticks=[])
+    panel.set_xticks([-1, 0, 1], ["-1\nkept, sign flips", "0\nforgotten", "1\nkept"])
 
 
 def _draw_profile(panel: Axes, view: View) -> None:
-    """Every head's decay profile relative to its largest value; many heads as a median and a band."""
+    """Every head's decay profile relative to its largest value; many heads as a median and a band.
+
+    Without the longest lags, which a few pairs of tokens have and whose means jump.
+    """
     profile, lengths = view.system.decay_profile[0].numpy(), view.system.memory_length[0]
     time = profile.shape[1]
-    relative = profile / np.maximum(profile.max(1, keepdims=True), np.finfo(float).tiny)
-    lags = np.arange(time)
+    shown = max(1, time - max(2, time // 12))
+    relative = (profile / np.maximum(profile.max(1, keepdims=True), np.finfo(float).tiny))[:, :shown]
+    lags = np.arange(shown)
     groups = _groups(view, len(profile))
-    if len(profile) <= FEW:
+    if len(groups) > 1 or len(profile) == 1:
         for index, (heads, colour) in enumerate(groups):
             label = f"{view.unit} {view.heads[index]}: {_tokens(lengths[heads])}"
-            panel.plot(lags, relative[index], color=colour, linewidth=1.8, label=label)
-        panel.legend(fontsize=8, frameon=False, title="memory length", title_fontsize=8, labelcolor=INK, loc="best")
+            panel.plot(
+                lags, relative[index], color=colour, linewidth=2, label=label, marker="o" if shown == 1 else None
+            )
+        title = "memory length"
     else:
         for line in relative[:: max(1, len(relative) // 24)]:
             panel.plot(lags, line, color=groups[0][1], linewidth=0.6, alpha=0.35)
@@ -144,14 +172,23 @@ def _draw_profile(panel: Axes, view: View) -> None:
         panel.fill_between(lags, np.maximum(low, 1e-9), high, color=groups[0][1], alpha=0.15, linewidth=0)
         of = f"{len(view.heads)} of {view.count}" if len(view.heads) < view.count else f"{view.count}"
         panel.plot(lags, middle, color=INK, linewidth=2, label=f"median of {of} {view.unit}s")
-        panel.legend(fontsize=8, frameon=False, title=f"memory length {_tokens(lengths)}", title_fontsize=8, loc="best")
-    panel.set(yscale="log", ylim=(1e-4, 1.6), xlim=(0, max(1, time - 1)))
-    panel.set_xlabel("lag in tokens", fontsize=9, color=INK)
-    panel.set_ylabel("mean |weight|, relative", fontsize=9, color=INK)
+        title = f"memory length {_tokens(lengths)}"
+    panel.legend(fontsize=9, frameon=False, title=title, title_fontsize=9, labelcolor=INK, loc="best")
+    seen = relative[relative > 0]
+    lowest = np.quantile(seen, 0.02) if seen.size else 1.0
+    panel.set(yscale="log", ylim=(float(np.clip(10 ** np.floor(np.log10(lowest)), 1e-6, 1e-2)), 1.6))
+    panel.set_xlim(0, max(1, shown - 1))
+    panel.set_xlabel("lag in tokens", fontsize=9, color=GREY)
+    panel.set_ylabel("mean |weight|, relative", fontsize=9, color=GREY)
     panel.grid(alpha=0.25)
     panel.tick_params(labelsize=8, colors=INK)
     for side in ("top", "right"):
         panel.spines[side].set_visible(False)
+
+
+def _without_frame(panel: Axes) -> None:
+    for spine in panel.spines.values():
+        spine.set_visible(False)
 
 
 def _groups(view: View, heads: int) -> list[tuple[slice, str]]:

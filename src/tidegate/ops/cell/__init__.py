@@ -126,7 +126,8 @@ class Cell:
         from tidegate.ops.cell.newton import is_elementwise
 
         traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        return not traced and not clip and inputs.shape[1] > 1 and inputs.numel() > 0 and is_elementwise(self.program)
+        worthwhile = inputs.shape[1] > 1 and inputs.numel() > 0 and is_elementwise(self.program)
+        return worthwhile and not (traced or inputs.is_meta or clip)
 
     def _check(
         self,

@@ -172,7 +172,7 @@ def read(text: str, states: Sequence[str]) -> Program:
 class _Reader:
     def __init__(self, text: str, states: tuple[str, ...]) -> None:
         self.text, self.states = text, states
-        self.now: dict[str, Symbol] = {state: Symbol(state) for state in states}  # what a name stands for at this line
+        self.now: dict[str, Expr] = {state: Symbol(state) for state in states}  # what a name stands for at this line
         self.kept: set[Expr] = set(self.now.values())
         self.levels: dict[Symbol, int] = {self.now[state]: 0 for state in states}
         self.inputs: dict[str, Symbol] = {}
@@ -254,6 +254,9 @@ class _Reader:
         value = self.expression(statement.value)
         if value.is_Number and (name in self.states or name == "y"):
             raise self.error(statement.value, "a state or an output cannot be the same number at all times")
+        if value.is_Number:
+            self.now[name] = value
+            return
         count = sum(str(symbol).split("'")[0] == name for symbol in self.lines)
         symbol = Symbol(name + "'" * (count + 1)) if name in self.states or count else Symbol(name)
         self.now[name] = symbol
@@ -269,7 +272,7 @@ class _Reader:
     def operand(self, node: ast.AST) -> Symbol:
         """A quantity that is kept whole, an old state or a `Let`: the expression's own symbol, or a new one for it."""
         value = self.expression(node)
-        if value.is_Number or any(isinstance(s, Let) and s.symbol == value and s.expression.is_Number for s in self.steps):
+        if value.is_Number:
             raise self.error(node, "a number, the same for all channels; wanted something that differs between them")
         if value in self.kept:
             return value

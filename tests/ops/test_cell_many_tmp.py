@@ -1,0 +1,632 @@
+"""ops.Cell against the equations written out, against Python's own reading of the text, and against its kernels."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tidegate
+from tests.contract.helpers import assert_near
+from tests.ops.cells import blocks, interpreted, loop, python_step
+from tidegate import Segments, mixers
+from tidegate.ops.cell import Cell, numba_cpu
+
+sigmoid, tanh, exp = torch.sigmoid, torch.tanh, torch.exp
+KERNEL_TOLERANCE = 3e-6  # float32 against float64, of the largest magnitude; 25 roundings
+NORM_TOLERANCE = 1e-5  # through norms, which divide by the spread of what they are given
+
+
+# -- the cells, step by step -------------------------------------------------------------------------------------------
+# n.W_i is W_i @ x, n.U_i(h) is U_i @ h, n.p_i is a vector.
+def lstm(n, h, c):
+    i, f, o = sigmoid(n.W_i + n.U_i(h)), sigmoid(n.W_f + n.U_f(h)), sigmoid(n.W_o + n.U_o(h))
+    c = f * c + i * tanh(n.W_g + n.U_g(h))
+    h = o * tanh(c)
+    return h, (h, c)
+
+
+def peephole(n, h, c):
+    i, f = sigmoid(n.W_i + n.U_i(h) + n.p_i * c), sigmoid(n.W_f + n.U_f(h) + n.p_f * c)
+    new = f * c + i * tanh(n.W_g + n.U_g(h))
+    h = sigmoid(n.W_o + n.U_o(h) + n.p_o * new) * tanh(new)
+    return h, (h, new)
+
+
+def layer_norm(n, h, c):
+    u = torch.stack([n.U_i(h), n.U_f(h), n.U_g(h), n.U_o(h)]).unflatten(-1, (n.heads, -1))  # (4, B, H, d)
+    centred = u - u.mean((0, 3), keepdim=True)
+    u = (centred / (centred.square().mean((0, 3), keepdim=True) + 1e-5).sqrt()).flatten(-2)
+    i, f, o = (sigmoid(w + gain * u[k]) for w, gain, k in ((n.W_i, n.gain_i, 0), (n.W_f, n.gain_f, 1), (n.W_o, n.gain_o, 3)))
+    c = f * c + i * tanh(n.W_g + n.gain_g * u[2])
+    d = c.unflatten(-1, (n.heads, -1))
+    d = torch.nn.functional.layer_norm(d, d.shape[-1:], eps=1e-5).flatten(-2)
+    h = o * tanh(n.gain * d + n.shift)
+    return h, (h, c)
+
+
+def gru_after(n, h):
+    r, z = sigmoid(n.W_r + n.U_r(h)), sigmoid(n.W_z + n.U_z(h))
+    h = (1 - z) * tanh(n.W_n + r * (n.U_n(h) + n.b_n)) + z * h
+    return h, (h,)
+
+
+def gru_before(n, h):
+    r, z = sigmoid(n.W_r + n.U_r(h)), sigmoid(n.W_z + n.U_z(h))
+    h = (1 - z) * tanh(n.W_n + n.U_n(r * h)) + z * h
+    return h, (h,)
+
+
+SLSTM = """
+    i = W_i @ x + U_i @ h
+    a = log_sigmoid(W_f @ x + U_f @ h) + m
+    m = maximum(a, i)
+    keep = exp(a - m)
+    write = exp(i - m)
+    c = keep * c + write * tanh(W_z @ x + U_z @ h)
+    n = keep * n + write
+    h = sigmoid(W_o @ x + U_o @ h) * c / n
+"""
+
+
+def slstm(n, h, c, norm, m):
+    i, forget = n.W_i + n.U_i(h), torch.nn.functional.logsigmoid(n.W_f + n.U_f(h))
+    new = torch.maximum(forget + m, i)
+    f, i = exp(forget + m - new), exp(i - new)
+    c, norm = f * c + i * tanh(n.W_z + n.U_z(h)), f * norm + i
+    h = sigmoid(n.W_o + n.U_o(h)) * c / norm
+    return h, (h, c, norm, new)
+
+
+def indrnn(n, h):
+    h = torch.relu(n.W + n.u * h + n.b)
+    return h, (h,)
+
+
+def elman(n, h):
+    h = tanh(n.W + n.U(h))
+    return h, (h,)
+
+
+RHN = """
+    t = sigmoid(W_t @ x + R_t @ h)
+    s = t * tanh(W_h @ x + R_h @ h) + (1 - t) * h
+    t = sigmoid(S_t @ s + b_t)
+    h = t * tanh(S_h @ s + b_h) + (1 - t) * s
+"""
+
+
+def rhn(n, s):
+    t = sigmoid(n.W_t + n.R_t(s))
+    s = tanh(n.W_h + n.R_h(s)) * t + s * (1 - t)
+    t = sigmoid(n.S_t(s) + n.b_t)
+    s = tanh(n.S_h(s) + n.b_h) * t + s * (1 - t)
+    return s, (s,)
+
+
+CELLS = {  # those of mixers have the same text, so that their kernels are compiled once for all tests
+    "lstm": (mixers.build("lstm", 4).cell, lstm),
+    "peephole": (mixers.build("lstm", 4, peephole=True).cell, peephole),
+    "layer-norm": (mixers.build("lstm", 4, layer_norm=True).cell, layer_norm),
+    "gru-after": (mixers.build("gru", 4).cell, gru_after),
+    "gru-before": (mixers.build("gru", 4, reset="before").cell, gru_before),
+    "slstm": (Cell(SLSTM, "h c n m"), slstm),
+    "indrnn": (Cell("h = relu(W @ x + u * h + b)", "h"), indrnn),
+    "elman": (Cell("h = tanh(W @ x + U @ h)", "h"), elman),
+    "rhn": (Cell(RHN, "h"), rhn),
+}
+NAMES = pytest.mark.parametrize("name", CELLS)
+
+
+def literal(name):
+    """The hand-written step, called as every step is."""
+    cell, function = CELLS[name]
+
+    def step(inputs, matrices, vectors, states):
+        names: dict[str, Any] = dict(zip(cell.inputs, inputs, strict=True)) | dict(zip(cell.vectors, vectors, strict=True))
+        for matrix, U in zip(cell.matrices, matrices, strict=True):
+            names[matrix] = lambda q, U=U: blocks(U, q)
+        return function(SimpleNamespace(**names, heads=matrices.shape[1]), *states)
+
+    return step
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+def arguments(cell: Cell, batch=2, time=5, heads=1, dim=6) -> list[Tensor]:
+    """inputs, matrices, vectors, state: numbers of float32, in float64. States are those of a cell that has begun."""
+    width = dim // heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape).double()
+
+    inputs, state = normal(batch, time, len(cell.inputs), dim), normal(batch, len(cell.states), dim)
+    if "n" in cell.states:  # sLSTM's normaliser
+        state[:, cell.states.index("n")] = 1 + torch.rand(batch, dim).double()
+    return [inputs, normal(len(cell.matrices), heads, width, width) * width**-0.5, normal(len(cell.vectors), dim), state]
+
+
+def results(function, given: list[Tensor], dtype=torch.float64) -> dict[str, Tensor]:
+    """y, the last state, and all gradients of one random combination of both."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    y, last = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((z * torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.dtype)).sum() for z in (y, last))
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    names = ("y", "state", "d inputs", "d matrices", "d vectors", "d state")
+    return dict(zip(names, (y, last, *gradients), strict=True))
+
+
+def layouts(batch: int, time: int):
+    """None, documents, padding with holes and a row without tokens, both."""
+    yield None
+    lengths = [[time], [1, time - 1], [time // 2, time - time // 2], [1] * time]
+    packed = Segments.packed([lengths[row % 4] for row in range(batch)], continues=True) if time > 2 else None
+    holes = torch.rand(batch, time) > 0.3
+    holes[-1] = False
+    yield Segments.padded(holes)
+    if packed:
+        yield packed
+        yield packed & Segments.padded(holes)
+
+
+def kernel(cell, given, segments=None, **options):
+    with tidegate.backend("numba"):
+        return results(lambda *leaves: cell(*leaves, segments=segments, **options), given, torch.float32)
+
+
+def uncompiled(cell, given, segments=None, clip=0.0, cut=0):
+    codes = None if segments is None else segments.codes()
+    with interpreted():
+        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut)[:2], given)
+
+
+# -- equality ----------------------------------------------------------------------------------------------------------
+@NAMES
+def test_equals_the_equations(name):
+    """The step in PyTorch, in float64: outputs, final state and the gradients of everything."""
+    cell, step = CELLS[name][0], literal(name)
+    for batch, time, heads, dim in ((3, 5, 2, 6), (1, 1, 1, 3), (2, 2, 1, 1)):
+        for segments in layouts(batch, time):
+            given = arguments(cell, batch, time, heads, dim)
+            if segments is not None and "n" in cell.states:  # this sLSTM has no start but from a normaliser
+                segments = Segments(torch.zeros_like(segments.starts), segments.valid)
+            wanted = results(lambda *leaves, s=segments: loop(step, *leaves, s), given)
+            found = results(lambda *leaves, s=segments: cell(*leaves, segments=s), given)
+            assert_near(found, wanted, 1e-9, "the operator and the equations")
+            python = results(lambda *leaves, s=segments: loop(python_step(cell), *leaves, s), given)
+            assert_near(python, wanted, 1e-9, "the text read by Python and the equations")
+            assert_near(uncompiled(cell, given, segments), wanted, 1e-9, "uncompiled kernels and the equations")
+
+
+@NAMES
+def test_kernels_equal_the_equations(name):
+    cell, step = CELLS[name][0], literal(name)
+    for batch, time, heads, dim in ((3, 9, 2, 14), (9, 4, 1, 20), (1, 1, 1, 3), (2, 3, 4, 4)):
+        for segments in layouts(batch, time):
+            given = arguments(cell, batch, time, heads, dim)
+            if segments is not None and "n" in cell.states:
+                segments = Segments(torch.zeros_like(segments.starts), segments.valid)
+            wanted = results(lambda *leaves, s=segments: loop(step, *leaves, s), given)
+            tolerance = NORM_TOLERANCE if name == "layer-norm" else KERNEL_TOLERANCE
+            assert_near(kernel(cell, given, segments), wanted, tolerance, "kernels and the equations")
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 9, 31, 32, 33, 129])
+def test_blocks_of_every_size(batch):
+    """8, 16 and 32 rows, whole and broken up."""
+    cell = CELLS["gru-before"][0]
+    for segments in layouts(batch, 3):
+        given = arguments(cell, batch, 3, 2, 6)
+        wanted = results(lambda *leaves, s=segments: loop(literal("gru-before"), *leaves, s), given)
+        assert_near(kernel(cell, given, segments), wanted, KERNEL_TOLERANCE, f"{batch} rows")
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 3), (3, 7), (1, 8), (2, 20), (1, 33), (5, 1)])
+def test_heads_of_every_width(heads, width):
+    cell = CELLS["layer-norm"][0]
+    given = arguments(cell, 2, 3, heads, heads * width)
+    if width == 1:  # what is normalised over one channel is nothing, and its gradient rounding
+        given[1] = torch.zeros_like(given[1])
+    wanted = results(lambda *leaves: loop(literal("layer-norm"), *leaves), given)
+    assert_near(kernel(cell, given), wanted, NORM_TOLERANCE, f"{heads} heads of {width}")
+
+
+def test_splits_hand_the_state_on():
+    cell = CELLS["slstm"][0]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, KERNEL_TOLERANCE)):
+        given = arguments(cell, 3, 9, 2, 6)
+
+        def pieces(inputs, *rest, cuts=(1, 4, 5, 8)):
+            *weights, state = rest
+            outputs = []
+            for a, b in zip((0, *cuts), (*cuts, 9), strict=True):
+                y, state = cell(inputs[:, a:b], *weights, state)
+                outputs.append(y)
+            return torch.cat(outputs, 1), state
+
+        assert_near(results(pieces, given, dtype), results(cell, given, dtype), tolerance, "pieces and the whole")
+
+
+def test_a_state_is_zero_if_there_is_none():
+    cell = CELLS["lstm"][0]
+    for dtype in (torch.float64, torch.float32):
+        inputs, matrices, vectors, state = (x.to(dtype) for x in arguments(cell))
+        for seen, wanted in zip(cell(inputs, matrices), cell(inputs, matrices, vectors, 0 * state), strict=True):
+            assert torch.equal(seen, wanted)
+
+
+def test_half_precision_is_computed_in_float32():
+    cell = CELLS["gru-after"][0]
+    for dtype in (torch.bfloat16, torch.float16):
+        given = [x.to(dtype) for x in arguments(cell)]
+        y, last = cell(*given)
+        wide, wide_last = cell(*(x.float() for x in given))
+        assert (y.dtype, last.dtype) == (dtype, torch.float32)
+        assert torch.equal(y, wide.to(dtype))
+        assert torch.equal(last, wide_last)
+
+
+def test_gradients_are_those_of_finite_differences():
+    given = [x.requires_grad_() for x in arguments(CELLS["gru-before"][0], 2, 3, 2, 4)]
+    segments = Segments.packed([[2, 1], [3]], continues=True)
+    assert torch.autograd.gradcheck(lambda *leaves: CELLS["gru-before"][0](*leaves, segments=segments), given)
+
+
+def test_derivatives_of_derivatives():
+    """float64, and float32 that begins in a kernel."""
+    cell, segments = CELLS["indrnn"][0], Segments.packed([[2, 1], [3]], continues=True)
+    cell = Cell("h = tanh(W @ x + u * h + b)", "h")
+    given = [x.requires_grad_() for x in arguments(cell, 2, 3, 1, 3)]
+    assert torch.autograd.gradgradcheck(lambda *leaves: cell(*leaves, segments=segments), given)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        y, last = cell(*leaves, segments=segments)
+        first = torch.autograd.grad((y * y).sum() + (last**3).sum(), leaves, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), leaves, materialize_grads=True)
+        found.append({str(n): g for n, g in enumerate([*first, *second])})
+    assert_near(found[1], found[0], KERNEL_TOLERANCE, "derivatives of kernels")
+
+
+# -- what flows back ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("clip", "cut"), [(1 / 64, None), (None, 3), (1 / 16, 2), (None, 1)])
+def test_what_flows_back_can_be_clipped_and_cut(clip, cut):
+    """By the definition: step by step back, with what flows into the states before a token bounded, or dropped."""
+    cell, step = CELLS["lstm"][0], literal("lstm")
+    given = arguments(cell, 2, 7, 2, 4)
+    segments = Segments.packed([[2, 5], [7]], continues=True) & Segments.padded(torch.tensor([[1, 0, 1, 1, 0, 1, 1]] * 2))
+    for layout in (None, segments):
+        found = results(lambda *x, s=layout: cell(*x, segments=s, gradient_clip=clip, truncate=cut), given)
+        inputs, matrices, vectors, state = (x.clone().requires_grad_() for x in given)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(found[k].shape, generator=generator, dtype=torch.float32).double() for k in ("y", "state")]
+
+        states, steps = [state], []
+        for t in range(7):
+            before = states[-1].detach().requires_grad_()
+            piece = None if layout is None else layout[t : t + 1]
+            y, after = loop(step, inputs[:, t : t + 1], matrices, vectors, before, piece)
+            steps.append((before, y, after))
+            states.append(after)
+        flow, total = weights[1], [0.0, 0.0, 0.0]
+        for t in reversed(range(7)):
+            before, y, after = steps[t]
+            outputs, gradients = (y, after), (weights[0][:, t : t + 1], flow)
+            leaves = (before, inputs, matrices, vectors)
+            change, *own = torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True)
+            total = [a + b for a, b in zip(total, own, strict=True)]
+            if cut and t % cut == 0:
+                change = 0 * change
+            if clip:
+                change = change.clamp(-clip, clip)
+            real = torch.ones(2, 1, 1, dtype=torch.bool) if layout is None else layout.valid[:, t, None, None]
+            flow = torch.where(real, change, flow)  # padding leaves alone what flows past it
+        wanted = dict(zip(("d inputs", "d matrices", "d vectors", "d state"), (*total, flow), strict=True))
+        assert_near({k: found[k] for k in wanted}, wanted, 1e-9, "gradients and their definition")
+        plain = uncompiled(cell, given, layout, clip or 0.0, cut or 0)
+        assert_near({k: plain[k] for k in wanted}, wanted, 1e-9, "uncompiled kernels and the definition")
+        fused = kernel(cell, given, layout, gradient_clip=clip, truncate=cut)
+        assert_near({k: fused[k] for k in wanted}, wanted, KERNEL_TOLERANCE, "kernels and the definition")
+
+
+def test_what_nothing_flows_to_has_a_gradient_of_zero():
+    """A product and an input that only decide; memory that no kernel writes to would be NaN here."""
+    cell = Cell("h = where(U @ h < W @ x, 0.3, 0.7) * h + V @ x", "h")
+    given = arguments(cell, 2, 3, 2, 4)
+    for found in (kernel(cell, given), uncompiled(cell, given), results(cell, given)):
+        assert not found["d matrices"].any()
+        assert not found["d inputs"][:, :, cell.inputs.index("W")].any()
+        assert found["d inputs"][:, :, cell.inputs.index("V")].all()
+
+
+# -- as an operator ----------------------------------------------------------------------------------------------------
+def test_the_number_of_threads_makes_no_difference():
+    cell = CELLS["gru-after"][0]
+    given = arguments(cell, 17, 20, 4, 48)
+    for segments in list(layouts(17, 20))[::3]:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(kernel(cell, given, segments))
+        for name in ("y", "state", "d inputs", "d state"):  # PyTorch's own sums and products follow
+            assert torch.equal(found[0][name], found[1][name]), name
+        assert_near(found[1], found[0], 1e-6, "two threads and one")
+
+
+def test_the_operators_are_sound():
+    cell = CELLS["lstm"][0]
+    for segments in list(layouts(2, 4))[::3]:
+        codes = None if segments is None else segments.codes()
+        given = [x.float().requires_grad_() for x in arguments(cell, 2, 4, 2, 4)]
+        torch.library.opcheck(numba_cpu._forward_op, (cell.key, *given, codes, 0.0, 0))
+        y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0)
+        inputs, matrices, vectors, _ = (x.detach() for x in given)
+        saved = [x.detach() for x in saved]
+        back = (cell.key, inputs, matrices, vectors, codes, 0.0, 0, *saved, torch.ones_like(y), torch.ones_like(last))
+        torch.library.opcheck(numba_cpu._backward_op, [x.detach() if isinstance(x, Tensor) else x for x in back])
+
+
+def test_one_cell_twice_in_a_graph():
+    cell = CELLS["elman"][0]
+    given = arguments(cell)
+
+    def twice(inputs, matrices, vectors, state):
+        y, last = cell(inputs, matrices, vectors, state)
+        return cell(y.unsqueeze(2), 2 * matrices, vectors, last)
+
+    wanted = results(lambda *x: twice_by(loop, x), given)
+    assert_near(results(twice, given), wanted, 1e-9, "two layers of one cell")
+    assert_near(results(twice, given, torch.float32), wanted, KERNEL_TOLERANCE, "two layers of one cell, kernels")
+
+
+def twice_by(run, given):
+    inputs, matrices, vectors, state = given
+    y, last = run(literal("elman"), inputs, matrices, vectors, state)
+    return run(literal("elman"), y.unsqueeze(2), 2 * matrices, vectors, last)
+
+
+def test_copies_and_pickles_are_the_cell():
+    cell = Cell("c = f * c + W @ x  # fading\n\n  h = tanh(c)", "c, h")
+    assert cell.states == ("c", "h")
+    assert repr(cell) == "Cell('c = f * c + W @ x  # fading\\n\\nh = tanh(c)', states='c h')"
+    given = arguments(cell)
+    for twin in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell)), eval(repr(cell))):
+        assert (twin.equations, twin.states, twin.key) == (cell.equations, cell.states, cell.key)
+        assert torch.equal(twin(*given)[0], cell(*given)[0])
+
+
+def test_the_order_of_names_is_that_of_the_equations():
+    cell = Cell("a = V @ x + q * (B @ s)\ns = tanh(a + W @ x + p * x + A @ s + q)", "s")
+    assert (cell.inputs, cell.matrices, cell.vectors) == (("V", "W", "x"), ("B", "A"), ("q", "p"))
+
+
+def test_names_of_the_written_code_are_free_to_be_used():
+    text = """
+        t0 = tanh(W @ x + mean(h) * mean0)
+        e0 = t0 * (U @ (t0 * h))
+        d_h = e0 * flow_h + share * step
+        h_new = d_h * product + states * inputs
+        d_h_new = h_new + where_negative * h
+        h = tanh(d_h_new + U_of_e0 * full + lambda_)
+    """.replace("lambda_", "log1p")
+    cell = Cell(text, "h")
+    given = arguments(cell, 3, 4, 2, 4)
+    wanted = results(lambda *x: loop(python_step(cell), *x), given)
+    assert_near(results(cell, given), wanted, 1e-9, "the operator and the text")
+    assert_near(uncompiled(cell, given), wanted, 1e-9, "uncompiled kernels and the text")
+
+
+EDGES = {
+    "a shift register": ("b = a\na = W @ x\n", "a b"),
+    "a state that is an old one": ("h = c\nc = tanh(W @ x + U @ h)", "h c"),
+    "no input": ("h = tanh(U @ h) + b", "h"),
+    "no dependence on the past": ("h = tanh(W @ x)", "h"),
+    "vectors alone": ("h = sigmoid(b)\ny = h * x", "h"),
+    "means alone": ("h = mean(h, x)\ny = U @ mean(h)", "h"),
+    "a mean of a product": ("h = h * mean(U @ h) + U @ h - mean(b)", "h"),
+    "a mean of numbers and the input": ("h = mean(W @ x) * h + mean(W @ x, x)", "h"),
+    "a product twice": ("a = U @ h\nh = a * (U @ h) + W @ x + V @ (U @ h)", "h"),
+    "an output apart": ("h = tanh(W @ x + U @ h)\ny = V @ (h * V_x)", "h"),
+    "reassigned": ("a = W @ x\na = a * h\na = a + U @ a\nh = tanh(a)\nh = h * a", "h"),
+    "plain numbers": ("k = 0.5 * 3\nh = sigmoid(0) * h / k + where(x < 0, 0.1, 0.2) + where(1 < 2, x, h)", "h"),
+}
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_unusual_cells(edge):
+    cell = Cell(*EDGES[edge])
+    for batch, heads in ((2, 1), (9, 2)):
+        for segments in layouts(batch, 4):
+            given = arguments(cell, batch, 4, heads if cell.matrices else 1, 6)
+            wanted = results(lambda *x, s=segments: loop(python_step(cell), *x, s), given)
+            assert_near(results(lambda *x, s=segments: cell(*x, segments=s), given), wanted, 1e-9, edge)
+            assert_near(uncompiled(cell, given, segments), wanted, 1e-9, f"{edge}, uncompiled")
+
+
+# -- any cell ----------------------------------------------------------------------------------------------------------
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[str, str]:
+    """A few equations over all there is to write, and the names of their states."""
+    states = ["h", "c"][: draw(st.integers(1, 2))]
+    names, counts = [*states], {"W": 0, "U": 0}
+
+    def pick(options):
+        return draw(st.sampled_from(options))
+
+    def matrix(kind: str) -> str:
+        counts[kind] += 1
+        return f"{kind}{counts[kind]}"
+
+    def expression(depth: int) -> str:
+        leaves = ["name", "name", "vector", "input", "x", "number"]
+        kind = pick(leaves if depth == 0 else [*leaves[:3], "sum", "product", "call", "call", "matrix", "mean", "where", "two"])
+
+        def inner() -> str:
+            return expression(depth - 1)
+
+        if kind == "name":
+            return pick(names)
+        if kind == "vector":
+            return pick(["p", "q"])
+        if kind == "input":
+            return f"{matrix('W')} @ x" if draw(st.booleans()) or not counts["W"] else "W1 @ x"
+        if kind == "x":
+            return "x"
+        if kind == "number":
+            return pick(["0.5", "2", "1.25"])
+        if kind == "sum":
+            return f"({inner()} {pick('+-')} {inner()})"
+        if kind == "product":
+            return pick([f"({inner()}) * ({inner()})", f"({inner()}) / (1.5 + ({inner()}) ** 2)", f"-({inner()}) ** 3"])
+        if kind == "matrix":
+            return f"({matrix('U')} @ ({inner()} + {pick(names)}))"
+        if kind == "mean":
+            return pick([f"mean({inner()} + {pick(names)})", f"mean({inner()} * x, {pick(names)})"])
+        if kind == "where":
+            return f"where({inner()} {pick(['<', '<=', '>', '>='])} {inner()}, {inner()}, {inner()})"
+        if kind == "two":
+            return pick([f"maximum({inner()}, {inner()})", f"minimum({inner()}, {inner()})", f"clip({inner()}, -0.7, 0.9)"])
+        function = pick(["sigmoid", "tanh", "softplus", "log_sigmoid", "relu", "abs", "exp", "log", "sqrt"])
+        safe = {"exp": "exp(tanh({}))", "log": "log(1.1 + ({}) ** 2)", "sqrt": "sqrt(0.3 + ({}) ** 2)"}
+        return safe.get(function, function + "({})").format(inner())
+
+    lines = []
+    for number in range(draw(st.integers(0, 2))):
+        lines.append(f"a{number} = tanh({expression(2)})")
+        names.append(f"a{number}")
+    for state in states:
+        lines.append(f"{state} = tanh({expression(3)} + {' + '.join(names)})")
+    if draw(st.booleans()):
+        lines.append(f"y = {expression(2)}")
+    return "\n".join(lines), " ".join(states)
+
+
+@settings(max_examples=1500, deadline=None, derandomize=False, database=None, phases=[Phase.generate])
+@given(program=programs(), seed=st.integers(0, 1000))
+def test_any_cell_equals_its_text(program, seed):
+    """The step in PyTorch, and kernels as they are written, against Python that reads the same equations."""
+    try:
+        cell = Cell(*program)
+    except ValueError as error:
+        assert any(reason in str(error) for reason in ("cancels out", "depends on", "number")), program
+        assume(False)
+    torch.manual_seed(seed)
+    given = arguments(cell, 2, 3, 1 + seed % 2 if cell.matrices else 1, 4)
+    segments = list(layouts(2, 3))[seed % 4]
+    wanted = results(lambda *x: loop(python_step(cell), *x, segments), given)
+    found = results(lambda *x: cell(*x, segments=segments), given)
+    assert_near(found, wanted, 1e-9, "the operator and the text")
+    assert_near(uncompiled(cell, given, segments), wanted, 1e-9, "uncompiled kernels and the text")
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+MISTAKES = [  # the equations, what is said, and what the marks stand under
+    ("h = tanh(W @ x", "line 1 does not read", None),
+    ("h = W @ x\n\nh = h h", "line 3 does not read", "h"),
+    ("h = x; c = h", "more than one equation", None),
+    ("h + x", "line 1 is no equation", "h + x"),
+    ("h = c = x", "line 1 is no equation", "h = c = x"),
+    ("h, c = x", "one name", "h, c"),
+    ("tanh = h + x", "'tanh' has a meaning already", "tanh"),
+    ("h = W @ x\nW = h", "'W' has a meaning already", "W"),
+    ("h = b * x\nb = h", "'b' has a meaning already", "b"),
+    ("x = h", "'x' has a meaning already", "x"),
+    ("a_ = x\nh = a_", "names do not end in '_'", "a_"),
+    ("h = x * a_", "names do not end in '_'", "a_"),
+    ("h = 3", "the same number at all times", "3"),
+    ("h = U @ 2 + x", "differs between them", "2"),
+    ("k = 2\nh = U @ k + x", "differs between them", "k"),
+    ("h = mean(2) + x", "differs between them", "2"),
+    ("h = 'a' + x", "wanted numbers, names", "'a'"),
+    ("h = True + x", "wanted numbers, names", "True"),
+    ("h = 1e999 * x", "wanted numbers, names", "1e999"),
+    ("h = x.y", "wanted numbers, names", "x.y"),
+    ("h = tanh * x", "'tanh' is a function", "tanh"),
+    ("h = W @ x + W", "'W' is a matrix", "W"),
+    ("h = x * y", "'y', the output", "y"),
+    ("h = x ** 9", "a whole power from 2 to 8", "9"),
+    ("h = x ** h", "a whole power from 2 to 8", "h"),
+    ("h = x / 0", "division by zero", "0"),
+    ("h = x % 2", "wanted + - * /", "x % 2"),
+    ("h = x * U @ h", "wanted a * (U @ h)", "x * U"),
+    ("h = tanh(h) @ x", "the left side of @", "tanh(h)"),
+    ("h = h @ x", "'h' is a quantity already", "h"),
+    ("h = b + b @ x", "'b' is a vector already", "b"),
+    ("h = U @ h + U @ x", "'U' is applied to a state elsewhere", "U @ x"),
+    ("h = U @ x + U @ h", "'U' is applied to x elsewhere", "U @ h"),
+    ("h = U @ h + U @ tanh(h)", "'U' is applied to something else", "U @ tanh(h)"),
+    ("h = tanh(a=x)", "a call such as tanh(a)", "tanh(a=x)"),
+    ("h = x.tanh()", "a call such as tanh(a)", "x.tanh()"),
+    ("h = mean()", "mean takes at least one", "mean()"),
+    ("h = tahn(x)", "no function 'tahn', did you mean 'tanh'?", "tahn"),
+    ("h = tanh(x, h)", "tanh takes 1 argument, seen 2", "tanh(x, h)"),
+    ("h = maximum(x)", "maximum takes 2 arguments, seen 1", "maximum(x)"),
+    ("h = log(-1) * x", "no such number", "log(-1)"),
+    ("h = where(x, h, 2)", "with one comparison", "where(x, h, 2)"),
+    ("h = where(x < h < 2, h, 2)", "with one comparison", "where(x < h < 2, h, 2)"),
+    ("h = where(x == h, h, 2)", "one of < <= > >=", "x == h"),
+    ("β = x\nh = tanh(β * h + f(β))", "there is no function 'f'", "f"),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "marked"), MISTAKES)
+def test_mistakes_are_quoted_and_marked(text, message, marked):
+    with pytest.raises(ValueError, match=r"^equations: ") as error:
+        Cell(text, "h")
+    said, line, marks = str(error.value).split("\n")
+    assert message in said
+    assert line.strip() in [part.strip() for part in text.splitlines()]
+    if marked is not None:
+        assert line[marks.index("^") : marks.index("^") + marks.count("^")] == marked
+
+
+def test_mistakes_of_the_whole():
+    for text, states, message in (
+        ("h = x", "", "states: seen none"),
+        ("h = x", "h h", "states: seen 'h' twice"),
+        ("h = x", "h 2", "states: seen '2', wanted names"),
+        ("h = x", "h lambda", "states: seen 'lambda', wanted names"),
+        ("h = x", "h x", "states: 'x' has a meaning"),
+        ("h = x", "h tanh", "states: 'tanh' has a meaning"),
+        ("h = x", "h c", "none gives a new 'c'"),
+        ("h = x + c", "h c", "none gives a new 'c'"),
+        ("a = tanh(h)\nh = x", "h", "nothing depends on this\n  a = tanh(h)\n  ^"),
+        ("h = x + 0 * b", "h", "'b' cancels out"),
+        ("h = x + 0 * (W @ x)", "h", "'W' cancels out"),
+    ):
+        with pytest.raises(ValueError) as error:
+            Cell(text, states)
+        assert message in str(error.value), text
+
+
+def test_arguments_are_checked():
+    cell = CELLS["peephole"][0]
+    inputs, matrices, vectors, state = arguments(cell, 2, 3, 2, 4)
+    for said, wrong in (
+        (r"inputs: seen shape \(3, 4, 4\), wanted \(batch, time >= 1, 4, dim\) for W_i, W_f", dict(inputs=inputs[0])),
+        (r"inputs: seen shape \(2, 0, 4, 4\)", dict(inputs=inputs[:, :0])),
+        (r"inputs: seen shape \(2, 3, 3, 4\)", dict(inputs=inputs[:, :, :3])),
+        (r"inputs: seen torch.int64, wanted real numbers", dict(inputs=inputs.long())),
+        (r"inputs: seen torch.complex128, wanted real numbers", dict(inputs=inputs.to(torch.complex128))),
+        (r"matrices: seen shape \(0, 1, 4, 4\), wanted \(4, heads, d, d\) for U_i, U_f, U_", dict(matrices=None)),
+        (r"matrices: seen shape \(3, 2, 2, 2\)", dict(matrices=matrices[:3])),
+        (r"matrices: seen shape \(4, 1, 2, 2\), wanted blocks of \(d, d\) with heads \* d = 4", dict(matrices=matrices[:, :1])),
+        (r"matrices: seen shape \(4, 2, 2, 1\), wanted blocks", dict(matrices=matrices[..., :1])),
+        (r"vectors: seen shape \(0, 4\), wanted \(3, 4\) for p_i, p_f, p_o", dict(vectors=None)),
+        (r"vectors: seen shape \(3, 3\)", dict(vectors=vectors[:, :3])),
+        (r"state: seen shape \(1, 2, 4\), wanted \(2, 2, 4\) for h, c", dict(state=state[:1])),
+        (r"segments: ", dict(segments=Segments.packed([[4]]))),
+        (r"gradient_clip: seen 0, wanted more than 0", dict(gradient_clip=0)),
+        (r"gradient_clip: seen nan", dict(gradient_clip=float("nan"))),
+        (r"truncate: seen 0, wanted at least 1", dict(truncate=0)),
+    ):
+        call: dict[str, Any] = dict(inputs=inputs, matrices=matrices, vectors=vectors, state=state)
+        with pytest.raises(ValueError, match=rf"^{said}"):
+            cell(**{**call, **wrong})
