@@ -114,7 +114,7 @@ def test_a_layer_that_is_a_cell(run, tmp_path):
 
 def test_a_model_of_cells_alone(tmp_path):
     run = saved(tmp_path / "cells", "3*lstm")
-    fails_with("LSTM: its update is not linear in its state", run, "--text", "sea")
+    fails_with("LSTM: the update of this cell is not linear in its state", run, "--text", "sea")
     fails_with("Wanted a linear recurrence, such as gla", run, "--text", "sea")
 
 

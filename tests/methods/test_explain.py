@@ -12,22 +12,21 @@ from tests.contract.helpers import Subject
 from tidegate import LanguageModel, Segments, mixers, ops, registry
 from tidegate.methods.explain import explain, rebuild
 from tidegate.methods.explain.members import MEMBERS
-from tidegate.nn.cell import CellMixer
+from tidegate.methods.explain.picture import View, picture
 from tidegate.ops.calls import answered_by
 
 EXACT = 1e-8  # of the largest output, in float64
 
-# Every mixer is explained but cells (told by their class) and these. What is refused without standing here fails, and
-# so does what stands here and is not refused.
+# Every mixer is explained but these. What is refused without standing here fails, and so does what stands here and is
+# not refused.
 REFUSED = {
+    name: "the update of this cell is not linear in its state"
+    for name in mixers.names()
+    if registry.info(name).family == "cell"
+} | {
     "sru": "the gates of this SRU see its state",
     "gam": "GatedAssociativeMemory: none of attention, .* has run",  # a bank that is the same for every sequence
     "fsmn": "FSMN: none of attention, .* has run",  # a short filter, not a recurrence
-}
-REFUSED |= {
-    name: "its update is not linear in its state, so there is no matrix to show"
-    for name in mixers.names()
-    if issubclass(registry.info(name).cls, CellMixer)
 }
 # Presets with a recurrence, a decay or a normaliser that the tiny variant does not have.
 PRESETS = (
@@ -426,6 +425,26 @@ def test_the_profile_counts_pairs_of_the_same_document():
     )
     (system,) = explain(Fading(0.5), x, segments=Segments.padded(torch.zeros(1, 9))).systems
     assert system.memory_length.isnan().all()
+
+
+# -- the picture -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["s4d", "deltaproduct", "hyena"])
+def test_a_picture_of_any_system(name):
+    """Complex and real eigenvalues, several steps per token, padding, a single token; more is seen in tests/cli."""
+    mixer, x = built(name)
+    runs = [explain(mixer, x[:, :1]), explain(mixer, x, segments=documents(x))]
+    views = [View.of(run.systems[0]) for run in runs]
+    png = picture(views, ["one token", "padded"], ["a"])
+    assert png.startswith(b"\x89PNG")
+    assert png.endswith(b"IEND\xaeB`\x82")
+
+
+def test_a_view_of_many_heads_is_of_some_evenly_spaced():
+    (system,) = explain(Fading(*torch.linspace(0, 1, 200).tolist()), torch.ones(1, 4, 200).double()).systems
+    view = View.of(system)
+    assert (view.count, len(view.heads), view.heads[0], view.heads[-1]) == (200, 64, 0, 199)
+    assert view.system.attention.shape[1] == 64
+    torch.testing.assert_close(view.system.eigenvalues, system.eigenvalues[:, :, view.heads])
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_slstm_without_recurrent_weights_is_a_weighted_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_maximum_drops_out_of_slstm(dtype):
-    """c and n relative to another m are the same state, also in the gradients; and no m is too low for a first token."""
+    """c and n relative to another m are the same state, also in the gradients; a first token does not see any m."""
     mixer = build("slstm").to(dtype)
     x, tolerance = torch.randn(2, 6, DIM, dtype=dtype), 1e-10 if dtype == torch.float64 else 1e-5
     with torch.no_grad():

@@ -48,7 +48,9 @@ def functions(heads: int, like: Tensor) -> dict[str, Any]:
 
     def mean(*quantities: Tensor) -> Tensor:
         total = sum(q + torch.zeros_like(like) for q in quantities) / len(quantities)
-        return total.unflatten(-1, (heads, -1)).mean(-1, keepdim=True).expand(-1, heads, like.shape[1] // heads).flatten(1)
+        return (
+            total.unflatten(-1, (heads, -1)).mean(-1, keepdim=True).expand(-1, heads, like.shape[1] // heads).flatten(1)
+        )
 
     def of_numbers(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *given: function(*(torch.as_tensor(x, dtype=torch.float64) for x in given))
@@ -115,14 +117,16 @@ def loop(
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Inside, `numba_cpu._call` takes float64 and runs the generated source in Python, on memory full of NaN."""
-    before = numba_cpu.compiled, kernels.run, torch.get_default_dtype()
+    before = numba_cpu.compiled, kernels.run, torch.get_default_dtype(), torch.get_num_threads()
     numba_cpu.compiled, kernels.run = _interpreted, _run  # type: ignore[assignment]
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # on one, nobody helps with products
     try:
         yield
     finally:
         numba_cpu.compiled, kernels.run = before[:2]
         torch.set_default_dtype(before[2])
+        torch.set_num_threads(before[3])
 
 
 def _interpreted(key: str) -> Any:
@@ -160,7 +164,7 @@ def elementwise(function: Callable[..., Any], *, total: bool = False) -> Callabl
     return run
 
 
-def multiply(rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, inner, *, added=False):
+def multiply(board, number, rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, inner, added):
     panels = -(-columns // PANEL)
     dense = u.reshape(-1, panels, inner, PANEL)[head].transpose(1, 0, 2).reshape(inner, -1)[:, :columns]
     for r in range(rows):
@@ -215,7 +219,6 @@ PARTS: dict[str, Any] = {
     "elementwise": elementwise,
     "jit_views": lambda function: function,
     "multiply": multiply,
-    "multiply_add": lambda *places: multiply(*places, added=True),
     "add_mean": elementwise(lambda before, mean, share: before + mean * share),
     "pad": kernels.pad,
     "load_states": load_states,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +45,9 @@ def layer_norm(n, h, c):
     u = torch.stack([n.U_i(h), n.U_f(h), n.U_g(h), n.U_o(h)]).unflatten(-1, (n.heads, -1))  # (4, B, H, d)
     centred = u - u.mean((0, 3), keepdim=True)
     u = (centred / (centred.square().mean((0, 3), keepdim=True) + 1e-5).sqrt()).flatten(-2)
-    i, f, o = (sigmoid(w + gain * u[k]) for w, gain, k in ((n.W_i, n.gain_i, 0), (n.W_f, n.gain_f, 1), (n.W_o, n.gain_o, 3)))
+    i, f, o = (
+        sigmoid(w + gain * u[k]) for w, gain, k in ((n.W_i, n.gain_i, 0), (n.W_f, n.gain_f, 1), (n.W_o, n.gain_o, 3))
+    )
     c = f * c + i * tanh(n.W_g + n.gain_g * u[2])
     d = c.unflatten(-1, (n.heads, -1))
     d = torch.nn.functional.layer_norm(d, d.shape[-1:], eps=1e-5).flatten(-2)
@@ -118,7 +121,9 @@ def literal(name):
     cell, function = CELLS[name]
 
     def step(inputs, matrices, vectors, states):
-        names: dict[str, Any] = dict(zip(cell.inputs, inputs, strict=True)) | dict(zip(cell.vectors, vectors, strict=True))
+        names: dict[str, Any] = dict(zip(cell.inputs, inputs, strict=True)) | dict(
+            zip(cell.vectors, vectors, strict=True)
+        )
         for matrix, U in zip(cell.matrices, matrices, strict=True):
             names[matrix] = lambda q, U=U: blocks(U, q)
         return function(SimpleNamespace(**names, heads=matrices.shape[1]), *states)
@@ -137,7 +142,12 @@ def arguments(cell: Cell, batch=2, time=5, heads=1, dim=6) -> list[Tensor]:
     inputs, state = normal(batch, time, len(cell.inputs), dim), normal(batch, len(cell.states), dim)
     if "n" in cell.states:  # sLSTM's normaliser
         state[:, cell.states.index("n")] = 1 + torch.rand(batch, dim).double()
-    return [inputs, normal(len(cell.matrices), heads, width, width) * width**-0.5, normal(len(cell.vectors), dim), state]
+    return [
+        inputs,
+        normal(len(cell.matrices), heads, width, width) * width**-0.5,
+        normal(len(cell.vectors), dim),
+        state,
+    ]
 
 
 def results(function, given: list[Tensor], dtype=torch.float64) -> dict[str, Tensor]:
@@ -145,7 +155,9 @@ def results(function, given: list[Tensor], dtype=torch.float64) -> dict[str, Ten
     leaves = [x.detach().to(dtype).requires_grad_() for x in given]
     y, last = function(*leaves)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((z * torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.dtype)).sum() for z in (y, last))
+    loss = sum(
+        (z * torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.dtype)).sum() for z in (y, last)
+    )
     gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
     names = ("y", "state", "d inputs", "d matrices", "d vectors", "d state")
     return dict(zip(names, (y, last, *gradients), strict=True))
@@ -285,12 +297,16 @@ def test_what_flows_back_can_be_clipped_and_cut(clip, cut):
     """By the definition: step by step back, with what flows into the states before a token bounded, or dropped."""
     cell, step = CELLS["lstm"][0], literal("lstm")
     given = arguments(cell, 2, 7, 2, 4)
-    segments = Segments.packed([[2, 5], [7]], continues=True) & Segments.padded(torch.tensor([[1, 0, 1, 1, 0, 1, 1]] * 2))
+    segments = Segments.packed([[2, 5], [7]], continues=True) & Segments.padded(
+        torch.tensor([[1, 0, 1, 1, 0, 1, 1]] * 2)
+    )
     for layout in (None, segments):
         found = results(lambda *x, s=layout: cell(*x, segments=s, gradient_clip=clip, truncate=cut), given)
         inputs, matrices, vectors, state = (x.clone().requires_grad_() for x in given)
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(found[k].shape, generator=generator, dtype=torch.float32).double() for k in ("y", "state")]
+        weights = [
+            torch.randn(found[k].shape, generator=generator, dtype=torch.float32).double() for k in ("y", "state")
+        ]
 
         states, steps = [state], []
         for t in range(7):
@@ -419,7 +435,10 @@ EDGES = {
     "a product twice": ("a = U @ h\nh = a * (U @ h) + W @ x + V @ (U @ h)", "h"),
     "an output apart": ("h = tanh(W @ x + U @ h)\ny = V @ (h * V_x)", "h"),
     "reassigned": ("a = W @ x\na = a * h\na = a + U @ a\nh = tanh(a)\nh = h * a", "h"),
-    "plain numbers": ("k = tanh(0.7)\nk = exp(k) * 0.5 * 3\nh = sigmoid(0) * h / k + where(x < 0, 0.1, 0.2) + where(1 < 2, x, h)", "h"),
+    "plain numbers": (
+        "k = tanh(0.7)\nk = exp(k) * 0.5 * 3\nh = sigmoid(0) * h / k + where(x < 0, 0.1, 0.2) + where(1 < 2, x, h)",
+        "h",
+    ),
 }
 
 
@@ -450,7 +469,9 @@ def programs(draw: st.DrawFn) -> tuple[str, str]:
 
     def expression(depth: int) -> str:
         leaves = ["name", "name", "vector", "input", "x", "number"]
-        kind = pick(leaves if depth == 0 else [*leaves[:3], "sum", "product", "call", "call", "matrix", "mean", "where", "two"])
+        kind = pick(
+            leaves if depth == 0 else [*leaves[:3], "sum", "product", "call", "call", "matrix", "mean", "where", "two"]
+        )
 
         def inner() -> str:
             return expression(depth - 1)
@@ -476,7 +497,9 @@ def programs(draw: st.DrawFn) -> tuple[str, str]:
         if kind == "where":
             return f"where({inner()} {pick(['<', '<=', '>', '>='])} {inner()}, {inner()}, {inner()})"
         if kind == "two":
-            return pick([f"maximum({inner()}, {inner()})", f"minimum({inner()}, {inner()})", f"clip({inner()}, -0.7, 0.9)"])
+            return pick(
+                [f"maximum({inner()}, {inner()})", f"minimum({inner()}, {inner()})", f"clip({inner()}, -0.7, 0.9)"]
+            )
         function = pick(["sigmoid", "tanh", "softplus", "log_sigmoid", "relu", "abs", "exp", "log", "sqrt"])
         safe = {"exp": "exp(tanh({}))", "log": "log(1.1 + ({}) ** 2)", "sqrt": "sqrt(0.3 + ({}) ** 2)"}
         return safe.get(function, function + "({})").format(inner())
@@ -492,15 +515,22 @@ def programs(draw: st.DrawFn) -> tuple[str, str]:
     return "\n".join(lines), " ".join(states)
 
 
+def made(text: str, states: str) -> Cell | None:
+    """None where what was drawn is no cell, as a name cancelled out."""
+    try:
+        return Cell(text, states)
+    except ValueError as error:
+        if any(reason in str(error) for reason in ("cancels out", "depends on", "number")):
+            return None
+        raise
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(program=programs(), seed=st.integers(0, 1000))
 def test_any_cell_equals_its_text(program, seed):
     """The step in PyTorch, and kernels as they are written, against Python that reads the same equations."""
-    try:
-        cell = Cell(*program)
-    except ValueError as error:
-        assert any(reason in str(error) for reason in ("cancels out", "depends on", "number")), program
-        assume(False)
+    cell = made(*program)
+    assume(cell is not None)
     torch.manual_seed(seed)
     given = arguments(cell, 2, 3, 1 + seed % 2 if cell.matrices else 1, 4)
     segments = list(layouts(2, 3))[seed % 4]
@@ -585,9 +615,8 @@ def test_mistakes_of_the_whole():
         ("h = x + 0 * b", "h", "'b' cancels out"),
         ("h = x + 0 * (W @ x)", "h", "'W' cancels out"),
     ):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(message)):
             Cell(text, states)
-        assert message in str(error.value), text
 
 
 def test_arguments_are_checked():
@@ -601,7 +630,10 @@ def test_arguments_are_checked():
         (r"inputs: seen torch.complex128, wanted real numbers", dict(inputs=inputs.to(torch.complex128))),
         (r"matrices: seen shape \(0, 1, 4, 4\), wanted \(4, heads, d, d\) for U_i, U_f, U_", dict(matrices=None)),
         (r"matrices: seen shape \(3, 2, 2, 2\)", dict(matrices=matrices[:3])),
-        (r"matrices: seen shape \(4, 1, 2, 2\), wanted blocks of \(d, d\) with heads \* d = 4", dict(matrices=matrices[:, :1])),
+        (
+            r"matrices: seen shape \(4, 1, 2, 2\), wanted blocks of \(d, d\) with heads \* d = 4",
+            dict(matrices=matrices[:, :1]),
+        ),
         (r"matrices: seen shape \(4, 2, 2, 1\), wanted blocks", dict(matrices=matrices[..., :1])),
         (r"vectors: seen shape \(0, 4\), wanted \(3, 4\) for p_i, p_f, p_o", dict(vectors=None)),
         (r"vectors: seen shape \(3, 3\)", dict(vectors=vectors[:, :3])),

@@ -31,9 +31,9 @@ class Elman(CellMixer):
         y_t = h_t = tanh(W x_t + b + U h_{t-1} + b')               or relu, with nonlinearity="relu"
 
     - Parameters and the two biases are those of torch.nn.RNN and RNNCell.
-    - `recurrent_init` is how U starts: "uniform" as in PyTorch; "orthogonal", with which tanh remembers over lags of
-      tens of tokens and without which it does not; "identity", with biases of zero, which makes relu a sum over time
-      to begin with (preset "irnn"). Nothing bounds the state of relu.
+    - `recurrent_init` is how U starts: "uniform" as in PyTorch; "orthogonal", which makes lags of some twenty tokens
+      learnable; "identity", with biases of zero, which makes relu a sum over time to begin with (preset "irnn").
+      Nothing bounds the state of relu.
     - `num_heads` makes U block-diagonal: heads do not see each other, and the recurrence costs that much less.
 
     Initialisation: uniform in ±dim^(-1/2) but for `recurrent_init`.

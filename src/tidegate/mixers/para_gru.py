@@ -49,8 +49,9 @@ class ParaGRU(ParaMixer):
       `tidegate train` sees to it. 0.9 is the paper's bound for synthetic tasks, none for parity.
     - `block=False` is the cell alone: u = x, or silu(conv(x)), and y = h. `conv_width=None` leaves out the convolution.
 
-    Initialisation: W as torch.nn.Linear, a N(0, `recurrent_std`^2), by default (E / H)^(-1/2), within the limit, b zero.
-    Source: arXiv 2510.21450. Shapes: x, y (B, T, dim), E = expand dim. State: h (E); with convolution (conv_width - 1, E).
+    Initialisation: W as torch.nn.Linear, a N(0, `recurrent_std`^2) within the limit, by default (E / H)^(-1/2), b zero.
+    Source: arXiv 2510.21450. Shapes: x, y (B, T, dim), E = expand dim.
+    State: h (E); with convolution (conv_width - 1, E).
     """
 
     def __init__(

@@ -37,7 +37,7 @@ class RHN(CellMixer):
     - `transform_bias` is b_t at initialisation, and -b_c: far below 0, the network starts as a copy of its state,
       whatever its depth. The paper has -2 for words, -4 for characters.
     - The products of a token wait for each other: it takes `depth` of them, and memory for as many. The first use of a
-      new depth compiles it (2 s at 2, 4 s at 10).
+      new depth compiles it, for two to four seconds.
     - `num_heads` makes R block-diagonal: heads do not see each other, and the recurrence costs that much less.
     - Of the paper's dropout, one mask for all tokens and micro-steps, there is none here.
 

@@ -56,8 +56,8 @@ class SLSTM(Mixer):
         c_t = f' * c_{t-1} + i' * tanh(z~)          n_t = f' * n_{t-1} + i'
         h_t = sigmoid(o~) * c_t / n_t               y_t = LayerNorm_head(h_t)
 
-    - c / n is a mean of all tanh(z~) so far, weighted by exponentials; m, the running maximum of their logarithms, keeps
-      them in range and drops out of h. The input gate has no upper end, so that one token can displace all before it.
+    - c / n is a mean of all tanh(z~) so far, weighted by exponentials; m, the running maximum of their logarithms,
+      keeps them in range and drops out of h. The input gate has no upper end: one token can displace all before it.
     - `forget_gate="exp"` has log f = f~, the paper's other choice, which can also make the past weigh more.
     - The defaults are the block's, without its feed-forward layer: `conv_width=None` leaves out u, `norm=None` the norm
       ("rms" is RMSNorm), `headwise=False` gives W all of x. `preset="cell"` is the recurrence alone.

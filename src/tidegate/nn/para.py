@@ -46,7 +46,9 @@ class ParaMixer(Mixer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(self.dim, 2 * self.width, bias=False, **factory) if self.block else None
         conv_width = self.conv_width
-        self.convolution = None if conv_width is None else ShortConvolution(self.width, conv_width, bias=True, **factory)
+        self.convolution = (
+            None if conv_width is None else ShortConvolution(self.width, conv_width, bias=True, **factory)
+        )
         shape = (len(cell.inputs), self.num_heads, self.head_dim, self.head_dim)
         self.weight_ih = nn.Parameter(torch.empty(shape, **factory))
         self.bias_ih = nn.Parameter(torch.empty(len(cell.inputs), self.width, **factory))

@@ -51,8 +51,11 @@ def answered_by(answer: Callable[[Call], Any]) -> Iterator[None]:
         _answer = before
 
 
-def recurrence(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator of a public op that mixes tokens and returns `(outputs, state, ...)`: its calls can be seen."""
+def recurrence(function: Callable[P, R], name: str | None = None) -> Callable[P, R]:
+    """Decorator of a public op that mixes tokens and returns `(outputs, state, ...)`: its calls can be seen.
+
+    They are called by the function's name, or by `name`.
+    """
 
     @functools.wraps(function)
     def op(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -60,7 +63,7 @@ def recurrence(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         given = inspect.signature(function).bind(*args, **kwargs)
         given.apply_defaults()
-        return _answered(Call(function.__name__, function, given.arguments))
+        return _answered(Call(name or function.__name__, function, given.arguments))
 
     return op
 

@@ -22,8 +22,10 @@ from numba.extending import intrinsic
 from numba.np import arrayobj
 from torch import Tensor
 
+from tidegate.ops.threads import memory as memory
 from tidegate.ops.threads import run as run  # kernels say kernels.run
 from tidegate.ops.threads import run_here as run_here
+from tidegate.ops.threads import together as together
 
 # Everything of fastmath but the licence to assume that there are no NaN and no infinities.
 FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}

@@ -53,7 +53,7 @@ def run(
         try:
             for begin, end in iter(lambda: _next(shares), None):
                 if begin < end:
-                    kernel(begin, end, *_scratch(scratch), *arguments)
+                    kernel(begin, end, *memory(scratch), *arguments)
         except BaseException as error:
             errors.append(error)
 
@@ -97,7 +97,7 @@ def run_here(
     kernel: Callable[..., None], problems: int, *arguments: Any, parts: int = 1, scratch: int | None = None
 ) -> None:
     """As `run`, on this thread."""
-    kernel(0, problems * parts, *_scratch(scratch), *arguments)
+    kernel(0, problems * parts, *memory(scratch), *arguments)
 
 
 def _bounds(problems: int, parts: int, threads: int) -> list[int]:
@@ -115,7 +115,7 @@ def _bounds(problems: int, parts: int, threads: int) -> list[int]:
     return min(whole, even, key=duration)
 
 
-def _scratch(size: int | None) -> list[np.ndarray]:
+def memory(size: int | None) -> list[np.ndarray]:
     """This thread's memory for a kernel, kept for the next one if it is small.
 
     It begins with a cache line, as rows that are a multiple of one long then don't straddle two.
@@ -124,8 +124,8 @@ def _scratch(size: int | None) -> list[np.ndarray]:
         return []
     kept = getattr(_local, "scratch", None)
     if kept is None or kept.size < size:
-        memory = np.empty(size + 16, np.float32)
-        kept = memory[-(memory.ctypes.data // 4) % 16 :]
+        whole = np.empty(size + 16, np.float32)
+        kept = whole[-(whole.ctypes.data // 4) % 16 :]
         if size <= _SMALL:
             _local.scratch = kept
     return [kept[:size]]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tidegate.papers.experiment import Check, Experiment, Measured, Paper, Situation
 from tidegate.papers.ladder import (
+    CHOSEN,
     DELAY,
     DIFFERENCE,
     DSS,
@@ -45,21 +46,25 @@ FAMILIES = {
     "recurrent": (LRU, RETNET, HGRN, LIQUID, RWKV7),
 }
 SYSTEMS = tuple(system for family in FAMILIES.values() for system in family)
-STRUCTURAL, GATING, RECURRENT = (S4D, LEGT), (H3, MAMBA), (LRU, RETNET, RWKV7)  # of whom something is claimed
-DECIDING = (*STRUCTURAL, *GATING, *RECURRENT)
+RECURRENT = (LRU, RETNET, RWKV7)  # of whom something is claimed
+OTHERS = (H3, MAMBA, *RECURRENT)
 
 
 def families(seed: int, situation: Situation) -> Measured:
-    """T1 to T4 for two or three of each family."""
-    return climb(dict.fromkeys(DECIDING, ("T1", "T2", "T3", "T4")), seed, situation)
+    """What each family is said to be best at, with those that stand for it."""
+    rungs: dict[str, tuple[str, ...]] = {system: ("T1",) for system in (S4D, LEGT, *OTHERS)}
+    rungs |= {system: ("T1", "T3", "T4") for system in (S4D, MAMBA)}
+    rungs |= {system: ("T1", "T2") for system in RECURRENT}
+    return climb(rungs, seed, situation)
 
 
-def _best(systems: tuple[str, ...], quantity: str) -> Callable[..., float]:
-    return lambda n: max(n[system][quantity] for system in systems)
+def _of(system: str, quantity: str) -> Callable[..., float]:
+    return lambda n: n[system][quantity]
 
 
-def _lead(quantity: str) -> Callable[..., float]:
-    return lambda n: max(n[s][quantity] for s in GATING) - max(n[s][quantity] for s in STRUCTURAL)
+def _largest(quantity: str) -> Callable[..., float]:
+    """Of the recurrent ones."""
+    return lambda n: max(n[system][quantity] for system in FAMILIES["recurrent"])
 
 
 PAPER = Paper(
@@ -70,9 +75,9 @@ PAPER = Paper(
     claim="The three families have different strengths: structured state space models remember signals best, gated "
     "ones choose what they keep, recurrent ones copy with a step whose cost does not grow.",
     threshold="Medians of 3 seeds. T1: the larger error of S4D and LSSL with LegT is below the smallest of H3, Mamba, "
-    "LRU, RetNet and RWKV-7. T3: the better of H3 and Mamba has at least 0.99, and at least 0.05 more than the better "
-    "of S4D and LegT; T4 at four times the length: at least 0.95, and 0.45 more. T2: LRU, RetNet and RWKV-7 at least "
-    "0.99; T6: their states keep their size. T6: for all systems, 40 calls and one call differ by at most 1e-4.",
+    "LRU, RetNet and RWKV-7. T2: LRU, RetNet and RWKV-7 have at least 0.99. T3: Mamba at least 0.99, S4D at most 0.95. "
+    "T4 at four times the length: Mamba at least 0.95, S4D at most 0.5. T6: the states of the recurrent systems keep "
+    "their size; for all systems, 40 calls and one call differ by at most 1e-4.",
     experiments=(
         Experiment(
             name="T1 to T4",
@@ -80,17 +85,18 @@ PAPER = Paper(
             measure=families,
             checks=(
                 Check(
-                    "T1: larger structural error over the smallest of the others",
-                    lambda n: max(n[s][DELAY] for s in STRUCTURAL) / min(n[s][DELAY] for s in (*GATING, *RECURRENT)),
+                    "T1: larger error of S4D and LegT over the smallest of the others",
+                    lambda n: max(n[s][DELAY] for s in (S4D, LEGT)) / min(n[s][DELAY] for s in OTHERS),
                     "<",
                     1.0,
                 ),
-                Check("T2: least of LRU, RetNet, RWKV-7", lambda n: min(n[s][PLAIN] for s in RECURRENT), ">=", 0.99),
-                Check("T3: best gating", _best(GATING, SELECTIVE), ">=", 0.99),
-                Check("T3: best gating minus best structural", _lead(SELECTIVE), ">=", 0.05),
-                Check("T4 at 128: best gating", _best(GATING, LONGER), ">=", 0.95),
-                Check("T4 at 128: best gating minus best structural", _lead(LONGER), ">=", 0.45),
-                Check("T3: best recurrent (no claim)", _best(RECURRENT, SELECTIVE), "<=", 0.95, deciding=False),
+                Check("T2: LRU", _of(LRU, PLAIN), ">=", 0.99),
+                Check("T2: RetNet", _of(RETNET, PLAIN), ">=", 0.99),
+                Check("T2: RWKV-7", _of(RWKV7, PLAIN), ">=", 0.99),
+                Check("T3: Mamba", _of(MAMBA, SELECTIVE), ">=", 0.99),
+                Check("T3: S4D", _of(S4D, SELECTIVE), "<=", 0.95),
+                Check("T4 at 128: Mamba", _of(MAMBA, LONGER), ">=", 0.95),
+                Check("T4 at 128: S4D", _of(S4D, LONGER), "<=", 0.5),
             ),
             draw=draw_table,
         ),
@@ -107,13 +113,13 @@ PAPER = Paper(
             checks=(
                 Check(
                     "growth of the state, most of the recurrent",
-                    lambda n: max(n[s][GROWTH] for s in FAMILIES["recurrent"]),
+                    _largest(GROWTH),
                     "<=",
                     1,
                 ),
                 Check(
                     "step, late over early, most of the recurrent",
-                    lambda n: max(n[s][MORE] for s in FAMILIES["recurrent"]),
+                    _largest(MORE),
                     "<=",
                     1.3,
                     False,
@@ -126,5 +132,11 @@ PAPER = Paper(
             seeded=False,
         ),
     ),
-    notes="",
+    notes=f"The survey has no experiment of its own. {CHOSEN} RWKV-7 stands where the survey has RWKV-4, which is not "
+    "among the mixers here; it decides by the input what it keeps, which RWKV-4 does not, and so does HGRN. So nothing "
+    "is claimed of the recurrent family on T3 and T4. GSS and H3 gate what a time-invariant state space model gives; "
+    "of the gating family only Mamba is selective and stands for it on these two. GAU is attention, with a state that "
+    "grows; Mega is not among the mixers. What this paper and s4-survey both ask for was trained once, in one process "
+    "that ran both; alone it takes longer. The survey's own tables (Long Range Arena, ImageNet, forecasting) are not "
+    "tried here.",
 )

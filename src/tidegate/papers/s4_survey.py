@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tidegate.papers.experiment import Check, Experiment, Measured, Paper, Situation
 from tidegate.papers.ladder import (
     ATTENTION,
+    CHOSEN,
     DELAY,
     DIFFERENCE,
     DSS,
@@ -24,7 +25,6 @@ from tidegate.papers.ladder import (
     LSSL,
     MAMBA,
     MAMBA2,
-    MAMBA4,
     MANY,
     MORE,
     NEAR,
@@ -46,10 +46,10 @@ from tidegate.papers.ladder import (
     table,
 )
 
-RECURRENT = (LSSL, S4, S4D, DSS, S5, LRU, GSS, H3, LIQUID, MAMBA, MAMBA4, MAMBA2, RG_LRU)  # a state of one size
+RECURRENT = (LSSL, S4, S4D, DSS, S5, LRU, GSS, H3, LIQUID, MAMBA, MAMBA2, RG_LRU)  # a state of one size
 SYSTEMS = (*RECURRENT, HYENA, HYBRID, ATTENTION)
 HARD = (SELECTIVE, LONGER, RECALL, MANY)  # T3 to T5
-PATIENT = "{}, 2x steps".format
+PATIENT = f"{S4D}, 2x steps"
 
 
 def memory(seed: int, situation: Situation) -> Measured:
@@ -58,12 +58,15 @@ def memory(seed: int, situation: Situation) -> Measured:
 
 
 def selection_and_recall(seed: int, situation: Situation) -> Measured:
-    """T2 to T5 for the systems that the claim names; what is to fail gets twice the steps where its bound decides."""
-    rungs = ["T3", "T4", "T5", "T5, 16 keys"]
-    systems = {S4D: ["T2", *rungs], MAMBA4: rungs, HYBRID: rungs, MAMBA: ["T2", "T3", "T4"], H3: ["T5"]}
-    patient = {S4D: ["T3", "T5"], MAMBA4: ["T5, 16 keys"], NO_POSITIONS: ["T5, 16 keys"]}
-    once, twice = climb(systems, seed, situation), climb(patient, seed, situation, times=2)
-    return Measured(once.numbers | twice.numbers)
+    """T2 to T5 for the systems that the claim names."""
+    rungs = ("T3", "T4", "T5", "T5, 16 keys")
+    one = {H3: ("T5",), NO_POSITIONS: ("T5, 16 keys",)}
+    return climb({S4D: ("T2", *rungs), MAMBA: ("T2", *rungs), HYBRID: rungs, **one}, seed, situation)
+
+
+def patience(seed: int, situation: Situation) -> Measured:
+    """Does S4D only need more time?"""
+    return climb({S4D: ("T3", "T5")}, seed, situation, times=2)
 
 
 def _of(system: str, quantity: str) -> Callable[..., float]:
@@ -84,12 +87,12 @@ PAPER = Paper(
     "any length; attention beside them adds exact recall. So time-invariant < selective < hybrid in what is solved, "
     "and the reverse in what a step costs: the state of an SSM stays, the cache of attention grows.",
     threshold="Medians of 3 seeds. T1: the error of S4D and of LSSL with LegT is at most half of that with a random "
-    "matrix. T2: S4D and Mamba 0.99. T3: Mamba at least 0.99, S4D at most 0.95 with twice the steps. T4 at four times "
-    "the length: Mamba at least 0.95, S4D at most 0.5. T5: H3 at least 0.98 with 6 keys, S4D at most 0.65 with twice "
-    "the steps; with 16 keys the hybrid at least 0.98, Mamba and attention without positions, alone and with twice "
-    "the steps, at most 0.6. Mean of T3 to T5: Mamba at least 0.1 above S4D, the hybrid at least 0.1 above Mamba (both "
-    "N 4). T6: the states of all SSMs keep their size; the hybrid's grows, attention's more; a late step of attention "
-    "over an early one takes at least 1.5 times what the same is in the median of the SSMs.",
+    "matrix. T2: S4D and Mamba at least 0.99. T3: Mamba at least 0.99, S4D at most 0.95. T4 at four times the length: "
+    "Mamba at least 0.95, S4D at most 0.5. T5, 6 keys: H3 at least 0.98, S4D at most 0.65; on T3 and T5 S4D stays "
+    "within its bounds with twice the steps, too (seed 0). T5, 16 keys: the hybrid at least 0.98, Mamba and "
+    "attention without positions alone at most 0.6. Mean of T3 to T5: Mamba at least 0.1 above S4D, the hybrid at "
+    "least 0.1 above Mamba. T6: the states of all SSMs keep their size; the hybrid's grows, attention's more; late "
+    "over early, a step of attention takes at least 1.5 times what it is in the median of the SSMs.",
     experiments=(
         Experiment(
             name="T1: memory",
@@ -103,31 +106,41 @@ PAPER = Paper(
         ),
         Experiment(
             name="T2 to T5",
-            about="The systems that the claim names. What has to stay below a bound also had twice the steps.",
+            about="The systems that the claim names.",
             measure=selection_and_recall,
             checks=(
                 Check("T2: S4D", _of(S4D, PLAIN), ">=", 0.99),
                 Check("T2: Mamba", _of(MAMBA, PLAIN), ">=", 0.99),
                 Check("T3: Mamba", _of(MAMBA, SELECTIVE), ">=", 0.99),
-                Check("T3: S4D, twice the steps", _of(PATIENT(S4D), SELECTIVE), "<=", 0.95),
+                Check("T3: S4D", _of(S4D, SELECTIVE), "<=", 0.95),
                 Check("T4 at 128: Mamba", _of(MAMBA, LONGER), ">=", 0.95),
                 Check("T4 at 128: S4D", _of(S4D, LONGER), "<=", 0.5),
                 Check("T5, 6 keys: H3", _of(H3, RECALL), ">=", 0.98),
-                Check("T5, 6 keys: S4D, twice the steps", _of(PATIENT(S4D), RECALL), "<=", 0.65),
+                Check("T5, 6 keys: S4D", _of(S4D, RECALL), "<=", 0.65),
                 Check("T5, 16 keys: hybrid", _of(HYBRID, MANY), ">=", 0.98),
-                Check("T5, 16 keys: Mamba N 4, twice the steps", _of(PATIENT(MAMBA4), MANY), "<=", 0.6),
-                Check(
-                    "T5, 16 keys: attention without positions, twice the steps",
-                    _of(PATIENT(NO_POSITIONS), MANY),
-                    "<=",
-                    0.6,
-                ),
-                Check("mean of T3 to T5: Mamba N 4 minus S4D", _lead(MAMBA4, S4D), ">=", 0.1),
-                Check("mean of T3 to T5: hybrid minus Mamba N 4", _lead(HYBRID, MAMBA4), ">=", 0.1),
+                Check("T5, 16 keys: Mamba", _of(MAMBA, MANY), "<=", 0.6),
+                Check("T5, 16 keys: attention, no positions", _of(NO_POSITIONS, MANY), "<=", 0.6),
+                Check("mean of T3 to T5: Mamba minus S4D", _lead(MAMBA, S4D), ">=", 0.1),
+                Check("mean of T3 to T5: hybrid minus Mamba", _lead(HYBRID, MAMBA), ">=", 0.1),
             ),
             draw=draw_table,
         ),
-        table(SYSTEMS, "What the claim names has three seeds above."),
+        Experiment(
+            name="patience",
+            about="S4D with twice the steps, seed 0.",
+            measure=patience,
+            checks=(
+                Check("T3: S4D, twice the steps", _of(PATIENT, SELECTIVE), "<=", 0.95),
+                Check("T5, 6 keys: S4D, twice the steps", _of(PATIENT, RECALL), "<=", 0.65),
+            ),
+            draw=draw_table,
+            seeded=False,
+        ),
+        table(
+            SYSTEMS,
+            "What the claim names has three seeds above; 16 keys were for some only.",
+            dict.fromkeys((S4D, HYBRID, ATTENTION), ("T5, 16 keys",)),
+        ),
         Experiment(
             name="T6: cost",
             about=f"No training. One row; a step after {FAR:,} tokens and after {NEAR}, median of 30 in turns; the "
@@ -168,5 +181,11 @@ PAPER = Paper(
             seeded=False,
         ),
     ),
-    notes="",
+    notes="The survey has no experiment of its own; these tasks are the ones that its systems were told apart by. "
+    f"{CHOSEN} The hybrid is Jamba's in small: a Mamba with norms inside, then attention without positions, a dense "
+    "MLP after each and no experts. That it is above Mamba is claimed of the mean, not of every task. The attention of "
+    "the table has rotary positions. Patience was to be longer (1,500 steps for T3, 2,000 for T5, and 1,000 for Mamba "
+    "and attention alone with 16 keys) and was cut to fit the time. A system that misses a task here may learn it with "
+    "more steps or another rate, and one seed of a table is one seed. The survey's language, speech and vision models "
+    "are not trained here.",
 )

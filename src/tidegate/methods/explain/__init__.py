@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from tidegate.methods.explain.members import MEMBERS, refusal
 from tidegate.methods.explain.system import System
-from tidegate.nn.cell import CellMixer
 from tidegate.nn.mixer import Mixer
 from tidegate.ops.calls import Call, answered_by
 
@@ -70,18 +69,15 @@ def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[System,
 
     def hear(call: Call) -> Any:
         (layer, mixer), result = inside[-1], call.run()
-        if isinstance(mixer, CellMixer):  # a scan here is a step of Newton's method, right at its last iterate only
-            return result
         if reason := refusal(call.op, call.arguments):
-            refused[layer] = reason
+            refused[layer] = f"{type(mixer).__name__}: {reason}"
             return result
         _check_empty(layer, call.arguments.get("state"))
         systems.append(System(call.op, layer, dict(call.arguments), result[0]))
         return answer(systems[-1], result)
 
-    with _running(module) as (inside, cells), answered_by(hear):
+    with _running(module) as inside, answered_by(hear):
         output = module(*inputs, **options)
-    refused |= cells
     if not systems:
         why = "; ".join(dict.fromkeys(refused.values())) or _silence(module)
         raise ValueError(f"{why}. Wanted a linear recurrence, such as gla, mamba or attention has")
@@ -89,29 +85,20 @@ def _run(module: nn.Module, inputs: Any, options: Any, answer: Callable[[System,
 
 
 @contextmanager
-def _running(module: nn.Module) -> Iterator[tuple[list[tuple[str, nn.Module]], dict[str, str]]]:
-    """A list whose last entry is always the mixer that is running and its name; and why cells that have run are none.
-
-    A cell is told by its class: what it calls depends on the device.
-    """
-    inside: list[tuple[str, nn.Module]] = [("", module)]
-    cells: dict[str, str] = {}
+def _running(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
+    """A list whose last entry is always the mixer that is running, with its name."""
+    inside = [("", module)]
     hooks = []
-
-    def enter(name: str, part: nn.Module) -> None:
-        inside.append((name, part))
-        if isinstance(part, CellMixer):
-            cells[name] = f"{type(part).__name__}: its update is not linear in its state, so there is no matrix to show"
 
     def leave(*_: Any) -> None:
         inside.pop()
 
     for name, part in module.named_modules():
         if isinstance(part, Mixer):
-            hooks.append(part.register_forward_pre_hook(lambda part, _, name=name: enter(name, part)))
+            hooks.append(part.register_forward_pre_hook(lambda part, _, name=name: inside.append((name, part))))
             hooks.append(part.register_forward_hook(leave))
     try:
-        yield inside, cells
+        yield inside
     finally:
         for hook in hooks:
             hook.remove()

@@ -31,6 +31,7 @@ class Matrices:
     log_normaliser: Tensor | None = None  # (B, T, H)
     reads_before: bool = False
     backwards: bool = False
+    keeps_all: bool = False  # a slot for each token, never changed: `readout` is what attends
 
     def select(self, heads: Any) -> Matrices:
         """Only these heads: whatever indexes an axis and keeps it."""
@@ -54,7 +55,35 @@ class Matrices:
 
 def constant(x: Tensor) -> bool:
     """Whether all rows and tokens of x (B, T, ...) share the same memory."""
-    return x.stride()[:2] == (0, 0)
+    return all(size == 1 or stride == 0 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+
+
+def multiplied_out(system: Matrices) -> Tensor:
+    """(B, H, T, T M): readout transition ... transition input, and skip, of every pair of tokens."""
+    batch, time, heads, _, steps = system.input.shape
+    if system.keeps_all:
+        return system.readout.transpose(1, 2)
+    parts = [system.transition, system.input, system.readout]
+    if all(map(constant, parts)) and system.segments is None and system.skip is None and not system.reads_before:
+        transition, write, readout = (part[0, 0] for part in parts)
+        return _of_lags(transition, write, readout, time).expand(batch, -1, -1, -1)
+    one = torch.eye(time * steps, dtype=system.values.dtype, device=system.values.device)
+    written = one.view(1, time, 1, steps, time * steps).expand(batch, time, heads, steps, time * steps)
+    return run(system, written).movedim(1, 2)
+
+
+def _of_lags(transition: Tensor, write: Tensor, readout: Tensor, time: int) -> Tensor:
+    """(H, T, T M) of a system that is the same for all tokens: only the lag counts."""
+    kind = torch.promote_types(torch.promote_types(transition.dtype, write.dtype), readout.dtype)
+    transition, write, read = transition.to(kind), write.to(kind), readout[:, None].to(kind)  # read (H, 1, N)
+    taps = []
+    for _ in range(time):
+        taps.append((read @ write)[:, 0])
+        read = read @ transition if transition.ndim == 3 else read * transition[:, None]
+    at = torch.arange(time, device=read.device)
+    lag = at[:, None] - at
+    phi = torch.stack(taps, 1)[:, lag.clamp(min=0)]  # (H, T, T, M)
+    return torch.where((lag >= 0)[..., None], phi, 0).flatten(2)
 
 
 def run(system: Matrices, values: Tensor | None = None) -> Tensor:

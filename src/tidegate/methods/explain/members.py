@@ -22,6 +22,8 @@ from tidegate.segments import Segments
 
 def refusal(op: str, arguments: Any) -> str | None:
     """Why this call is no linear recurrence, if it is none."""
+    if op == "cell":
+        return "the update of this cell is not linear in its state, so there is no matrix to show"
     if op not in MEMBERS:
         return f"{op} is a recurrence that tidegate.methods.explain does not know yet; add it to MEMBERS in members.py"
     if op == "sru" and arguments["weight"] is not None:
@@ -70,7 +72,8 @@ def _selective_scan(
 
 def _diagonal_ssm(u: Tensor, decay: Tensor, weight: Tensor, state: Any, segments: Segments | None) -> Matrices:
     transition, readout = (part.expand(*u.shape[:2], *part.shape) for part in (decay, weight))
-    return Matrices(transition, torch.ones_like(readout)[..., None], readout, u[..., None, None], segments)
+    write = readout.new_ones(()).expand(*readout.shape, 1)
+    return Matrices(transition, write, readout, u[..., None, None], segments)
 
 
 def _dense_ssm(u: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Any, segments: Segments | None) -> Matrices:
@@ -220,9 +223,8 @@ def _cache(readout: Tensor, values: Tensor, segments: Segments | None) -> Matric
     batch, time, heads, _ = readout.shape
     slot = torch.eye(time, dtype=readout.dtype, device=readout.device)
     number = torch.ones_like(readout[..., :1])
-    return Matrices(
-        number, slot[:, None, :, None].expand(batch, time, heads, time, 1), readout, values[..., None, :], segments
-    )
+    write = slot[:, None, :, None].expand(batch, time, heads, time, 1)
+    return Matrices(number, write, readout, values[..., None, :], segments, keeps_all=True)
 
 
 def _visible(like: Tensor, window: float, segments: Segments | None) -> tuple[Tensor, Tensor]:

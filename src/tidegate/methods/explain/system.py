@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.methods.explain.matrices import Matrices, constant, run
+from tidegate.methods.explain.matrices import Matrices, constant, multiplied_out, run
 from tidegate.methods.explain.members import MEMBERS
 from tidegate.segments import Segments
 
@@ -112,9 +112,7 @@ class System:
                 f"attention: {batch} x {heads} heads x {time}^2 tokens make {count:.1e} numbers, wanted at most "
                 f"{MOST:.1e}; give fewer tokens, or look at some heads only: system.select(slice(0, 8)).attention"
             )
-        one = torch.eye(time * steps, dtype=self.values.dtype, device=self.values.device)
-        written = one.view(1, time, 1, steps, time * steps).expand(batch, time, heads, steps, time * steps)
-        phi = run(self.matrices, written).movedim(1, 2)
+        phi = multiplied_out(self.matrices)
         return phi if self.values.is_complex() or not phi.is_complex() else phi.real
 
     def rebuilt(self) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tidegate.backend import choose
+from tidegate.ops.calls import recurrence
 from tidegate.ops.cell.equations import Program, read
 from tidegate.ops.cell.reference import compile_step
 from tidegate.ops.cell.source import Kernels, torch_step
@@ -23,16 +24,14 @@ class Cell:
     """A recurrent cell, declared by its equations.
 
     One equation per line, `name = expression`, in the order in which they are computed. What a name is follows from how
-    it is used:
+    it is used::
 
-    ============  ==================================================================================================
-    `W @ x`       the input, through a matrix of its own: computed for all time beforehand, as one product
-    `U @ h`       a recurrent matrix (block-diagonal, one block per head) times a state, or any quantity: U @ (r * h)
-    `b`, `p`      any other name: a vector, one number per channel (a bias, a peephole)
-    `h`, `c`      a state: before its equation its value at t - 1, after it that at t
-    `x`           on its own: the input as it is
-    `y`           the output, where it is not the first state
-    ============  ==================================================================================================
+        W @ x    the input, through a matrix of its own: computed for all time beforehand, as one product
+        U @ h    a recurrent matrix (block-diagonal, one block per head) times a state, or any quantity: U @ (r * h)
+        b, p     any other name: a vector, one number per channel (a bias, a peephole)
+        h, c     a state: before its equation its value at t - 1, after it that at t
+        x        on its own: the input as it is
+        y        the output, where it is not the first state
 
     There are + - * / ** and sigmoid, tanh, exp, log, sqrt, softplus, log_sigmoid, relu, abs, maximum, minimum, clip,
     where(a < b, value, other), and mean(a, ...) over the channels of a head.
@@ -81,6 +80,7 @@ class Cell:
     def __repr__(self) -> str:
         return f"Cell({self.equations!r}, states={' '.join(self.states)!r})"
 
+    @partial(recurrence, name="cell")
     def __call__(
         self,
         inputs: Tensor,

@@ -285,8 +285,9 @@ class _Reader:
 
     # -- expressions ---------------------------------------------------------------------------------------------------
     def expression(self, node: ast.AST) -> Expr:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and abs(node.value) < math.inf:
-            return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value, 17)
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and type(node.value) is not bool:
+            if abs(node.value) < math.inf:
+                return sympy.Integer(node.value) if isinstance(node.value, int) else sympy.Float(node.value, 17)
         if isinstance(node, ast.Name):
             return self.name(node)
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):

@@ -28,21 +28,15 @@ def pad(d):
 
 
 @jit_inside
-def multiply(rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, inner):
-    """o = a @ u[head], with u packed into panels."""
+def panels(begin, end, rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, inner, added):
+    """The panels from `begin` to `end` of o = a @ u[head], or with `added` of o += a @ u[head]."""
     base = head * ((columns + PANEL - 1) // PANEL * PANEL) * inner
-    for c in range(0, columns, PANEL):
+    for c in range(begin * PANEL, min(columns, end * PANEL), PANEL):
         n, panel = min(PANEL, columns - c), (u, base + c * inner, PANEL)
-        _product(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
-
-
-@jit_inside
-def multiply_add(rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, inner):
-    """o += a @ u[head]"""
-    base = head * ((columns + PANEL - 1) // PANEL * PANEL) * inner
-    for c in range(0, columns, PANEL):
-        n, panel = min(PANEL, columns - c), (u, base + c * inner, PANEL)
-        _product_added(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
+        if added:
+            _product_added(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
+        else:
+            _product(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
 
 
 @jit_inside

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tidegate.cache import cache_folder
 from tidegate.ops import kernels
-from tidegate.ops.cell import Cell, find, loops, reference
+from tidegate.ops.cell import Cell, find, loops, reference, team
 from tidegate.ops.cell.loops import PANEL
 from tidegate.segments import Segments
 from tidegate.state import write_atomically
@@ -109,6 +109,25 @@ def _sizes(cell: Cell, inputs: Tensor, matrices: Tensor) -> tuple[int, int, int,
     return batch, time, heads, width // heads
 
 
+def _run(
+    key: str, name: str, problems: int, arguments: tuple[Any, ...], shared: tuple[np.ndarray, ...], scratch: int
+) -> None:
+    """Call a kernel over all problems; where there is one alone, other threads help with its products."""
+    kernel = getattr(compiled(key), name)
+    if problems > 1 or torch.get_num_threads() == 1 or not find(key).kernels.groups:
+        kernels.run(kernel, problems, team.nobody, *arguments, scratch=scratch)
+        return
+    board, (memory,), help_out = team.board(), kernels.memory(scratch), getattr(compiled(key), f"help_{name}")
+
+    def lead() -> None:
+        try:
+            kernel(0, 1, memory, board, *arguments)
+        finally:
+            team.close(board)
+
+    kernels.together(lead, lambda: help_out(board, memory, *shared))
+
+
 @torch.library.custom_op("tidegate::cell", mutates_args=(), device_types="cpu")
 def _forward_op(
     key: str,
@@ -131,16 +150,10 @@ def _forward_op(
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
     given = (kernels.flat(inputs), kernels.flat(vectors), kernels.flat(state), flags)
     results = tuple(x.numpy().reshape(-1) for x in (y, last, old, p, e, mu))
-    w = kernels.pad(d)
-    kernels.run(
-        compiled(key).forward,
-        -(-B // R) * H,
-        *(R, B, T, H, d),
-        *given,
-        *_weights(cell, matrices, transposed=False),
-        *results,
-        scratch=size["S"] * R * w + 1,
-    )
+    weights = _weights(cell, matrices, transposed=False)
+    arguments = (R, B, T, H, d, *given, *weights, *results)
+    shared = (results[3], results[4], *weights)  # p and e
+    _run(key, "forward", -(-B // R) * H, arguments, shared, size["S"] * R * kernels.pad(d) + 1)
     return y, last, old, p, e, mu
 
 
@@ -173,9 +186,8 @@ def _backward_op(
     given += [kernels.flat(tensor) for tensor in (old, p, e, mu, dy, dlast)]
     results = tuple(x.numpy().reshape(-1) for x in (dx, dp, dv, dstate))
     scratch = (2 * size["S"] + size["E"]) * R * w + (size["Q"] + 1) * R + size["V"] * w + 1
-    kernels.run(
-        compiled(key).backward, problems, R, B, T, H, d, np.float32(clip), cut, *given, *results, scratch=scratch
-    )
+    arguments = (R, B, T, H, d, np.float32(clip), cut, *given, *results)
+    _run(key, "backward", problems, arguments, (results[1], *given[3 : 3 + len(code.groups)]), scratch)
     # 1. Matrices: one product over all tokens for each operand.
     dmatrices, place = torch.empty(matrices.shape), {name: m for m, name in enumerate(cell.matrices)}
     flows = dp.flatten(0, 1).movedim(1, 0)  # (H, B T, M, d)

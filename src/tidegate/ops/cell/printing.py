@@ -10,7 +10,8 @@ from sympy import Expr, Symbol
 
 from tidegate.ops.cell.equations import FUNCTIONS
 
-_RESERVED = {*FUNCTIONS, "where_negative", "product", "full", "share", "step", "inputs", "matrices", "vectors", "states"}
+_RESERVED = {*FUNCTIONS, "where_negative", "product", "full", "share", "step"}
+_RESERVED |= {"inputs", "matrices", "vectors", "states"}
 _DERIVED = re.compile(r"(d|flow)_.*|.*_new|.*_of_.*|(e|t|mean)\d+")  # names of the code's own
 
 
@@ -46,7 +47,7 @@ def emit(expression: Expr) -> str:
             if not text:
                 text = emit(term)
             else:
-                text += f" - {_factor(-term)}" if _negative(term) else f" + {_factor(term)}"
+                text += f" - {emit(-term)}" if _negative(term) else f" + {emit(term)}"
         return text
     if expression.is_Mul:
         over = [factor for factor in expression.args if factor.is_Pow and factor.exp.is_negative]
@@ -70,7 +71,7 @@ def _negative(term: Expr) -> bool:
 
 def _factor(expression: Expr) -> str:
     text = emit(expression)
-    simple = isinstance(expression, Symbol) or expression.is_Function or (expression.is_Number and expression >= 0)
+    simple = isinstance(expression, Symbol) or expression.is_Function or expression.is_Number
     return text if simple else f"({text})"
 
 

@@ -14,7 +14,7 @@ from sympy import Expr, Symbol
 
 from tidegate.ops.cell import derivatives
 from tidegate.ops.cell.derivatives import Pass, gradient
-from tidegate.ops.cell.equations import Let, Product, Program, sources
+from tidegate.ops.cell.equations import Let, Mean, Product, Program, sources
 from tidegate.ops.cell.printing import assignments, emit, identifier
 
 
@@ -55,8 +55,9 @@ _HEAD = '''"""Kernels of a cell, written by tidegate.ops.cell from these equatio
 {equations}
 """
 
-from tidegate.ops.cell.loops import add, add_mean, load_states, multiply, multiply_add, pad, store_states
-from tidegate.ops.cell.loops import clear, clear_starts, finish_step, store_gradients
+from tidegate.ops.cell.loops import add, add_mean, clear, clear_starts, finish_step, load_states, pad
+from tidegate.ops.cell.loops import store_gradients, store_states
+from tidegate.ops.cell.team import help_out, multiply, wait
 from tidegate.ops.kernels import jit_views
 from tidegate.ops.passes import elementwise, exp, log, sigmoid, softplus, sqrt, tanh, where_negative
 
@@ -64,57 +65,57 @@ from tidegate.ops.passes import elementwise, exp, log, sigmoid, softplus, sqrt, 
 '''
 
 _FORWARD = """@jit_views
-def forward(begin, end, scratch, R, B, T, H, d, x, v, state, codes, {weights}y, last, old, p, e, mu):
+def forward(begin, end, scratch, board, R, B, T, H, d, x, v, state, codes, {weights}y, last, old, p, e, mu):
     D, w, masked = H * d, pad(d), codes.shape[0] > 0
     for problem in range(begin, end):
         head, b = problem % H, problem // H * R
         rows = min(R, B - b)
-        load_states({S}, rows, R, d, w, D, state, b * {S} * D + head * d, {S} * D, scratch)
+        load_states({S}, rows, R, d, w, D, state, b * {SD} + head * d, {SD}, scratch)
         for t in range(T):
             if masked:
                 clear_starts({S}, rows, R, w, codes, b * T + t, T, scratch)
-            at_x, row_x = (b * T + t) * {G} * D + head * d, T * {G} * D
-            at_p, row_p = ((b * T + t) * H + head) * {M} * d, T * H * {M} * d
-            at_s, row_s = (b * T + t) * {S} * D + head * d, T * {S} * D
-            at_e, row_e = (b * T + t) * {E} * D + head * d, T * {E} * D
-            at_y, row_y = (b * T + t) * D + head * d, T * D
-            at_m = (t * H + head) * {Q} * B + b
-            store_states({S}, rows, R, d, w, D, scratch, old, at_s, row_s)
-{steps}        store_states({S}, rows, R, d, w, D, scratch, last, b * {S} * D + head * d, {S} * D)
+{places}            store_states({S}, rows, R, d, w, D, scratch, old, at_s, row_s)
+{steps}        store_states({S}, rows, R, d, w, D, scratch, last, b * {SD} + head * d, {SD})
 
 
 """
 
 _BACKWARD = """@jit_views
 def backward(
-    begin, end, scratch, R, B, T, H, d, clip, cut, x, v, codes, {weights}old, p, e, mu, dy, dlast, dx, dp, dv, dstate
+    begin, end, scratch, board, R, B, T, H, d, clip, cut, x, v, codes, {weights}
+    old, p, e, mu, dy, dlast, dx, dp, dv, dstate
 ):
     D, w, masked = H * d, pad(d), codes.shape[0] > 0
-    flow, before = 0, {S} * R * w
-    de, dmu, sums = 2 * {S} * R * w, (2 * {S} + {E}) * R * w, (2 * {S} + {E}) * R * w + ({Q} + 1) * R
+    flow, before, de = 0, {S} * R * w, {SS} * R * w
+    dmu = de + {E} * R * w
+    sums = dmu + {Q1} * R
     for problem in range(begin, end):
         head, b = problem % H, problem // H * R
         rows = min(R, B - b)
-        load_states({S}, rows, R, d, w, D, dlast, b * {S} * D + head * d, {S} * D, scratch)
+        load_states({S}, rows, R, d, w, D, dlast, b * {SD} + head * d, {SD}, scratch)
         clear(scratch, sums, {V} * w)
         for t in range(T - 1, -1, -1):
-            at_x, row_x = (b * T + t) * {G} * D + head * d, T * {G} * D
-            at_p, row_p = ((b * T + t) * H + head) * {M} * d, T * H * {M} * d
-            at_s, row_s = (b * T + t) * {S} * D + head * d, T * {S} * D
-            at_e, row_e = (b * T + t) * {E} * D + head * d, T * {E} * D
-            at_y, row_y = (b * T + t) * D + head * d, T * D
-            at_m = (t * H + head) * {Q} * B + b
-{steps}            finish_step({S}, rows, R, w, codes, b * T + t, T, cut > 0 and t % cut == 0, clip, scratch)
-        store_states({S}, rows, R, d, w, D, scratch, dstate, b * {S} * D + head * d, {S} * D)
+{places}{steps}            finish_step({S}, rows, R, w, codes, b * T + t, T, cut > 0 and t % cut == 0, clip, scratch)
+        store_states({S}, rows, R, d, w, D, scratch, dstate, b * {SD} + head * d, {SD})
         store_gradients({V}, d, w, scratch, sums, dv, problem * {V} * d)
 
 
 """
 
+# Where a token's rows begin in each array, and how far apart they are; left out for what a cell does not have.
+_PLACES = {
+    "G": "at_x, row_x = (b * T + t) * {n} + head * d, T * {n}",
+    "M": "at_p, row_p = ((b * T + t) * H + head) * {n}, T * H * {n}",
+    "S": "at_s, row_s = (b * T + t) * {n} + head * d, T * {n}",
+    "E": "at_e, row_e = (b * T + t) * {n} + head * d, T * {n}",
+    "Q": "at_m = (t * H + head) * {n} + b",
+}
+
 _ROWS = """            r = 0
             while r < rows:
                 n = 1 if masked else rows
                 if not masked or codes[(b + r) * T + t] != 2:
+                    {bases}
 {calls}                r += n
 """
 
@@ -159,30 +160,44 @@ class Kernels:
         weights = "".join(f"u{g}, " for g in range(len(self.groups)))
         indented = "\n".join("    " + line.strip() for line in self.equations.strip().splitlines())
         text = _HEAD.format(equations=indented) + "".join(self.passes)
-        text += _FORWARD.format(weights=weights, steps=forward, **self.sizes)
-        return text + _BACKWARD.format(weights=weights, steps=backward, **self.sizes)
+        places = "".join(f"            {line}\n" for line in self._begins())
+        sizes = {**self.sizes, "SD": times(self.sizes["S"], "D"), "SS": 2 * self.sizes["S"], "Q1": self.sizes["Q"] + 1}
+        text += _FORWARD.format(weights=weights, places=places, steps=forward, **sizes)
+        text += _BACKWARD.format(weights=weights, places=places, steps=backward, **sizes)
+        kept = ["e" if group[0].operand in self.kept else "scratch" for group in self.groups]
+        text += _helper("forward", "p, e, " + weights, [f"p, {operand}" for operand in kept])
+        return text + "\n\n" + _helper("backward", "dp, " + weights, ["scratch, dp"] * len(kept))
+
+    def _begins(self) -> list[str]:
+        units = {"M": "d", "Q": "B"}
+        lines = [
+            line.format(n=times(self.sizes[size], units.get(size, "D")))
+            for size, line in _PLACES.items()
+            if self.sizes[size]
+        ]
+        return [*lines, "at_y, row_y = (b * T + t) * D + head * d, T * D"]
 
     # -- where things are ----------------------------------------------------------------------------------------------
     def _places(self) -> dict[Symbol, str]:
         """The operand of each quantity in memory: (array, index of row r, distance of rows)."""
         program, places = self.program, {}
         for g, name in enumerate(program.inputs):
-            places[Symbol(name)] = f"(x, at_x + {g} * D + r * row_x, row_x)"
-            places[gradient(Symbol(name))] = f"(dx, at_x + {g} * D + r * row_x, row_x)"
+            places[Symbol(name)] = f"(x, {after('x_r', g, 'D')}, row_x)"
+            places[gradient(Symbol(name))] = f"(dx, {after('x_r', g, 'D')}, row_x)"
         for m, product in enumerate(self.matrices):
-            places[product.symbol] = f"(p, at_p + {m} * d + r * row_p, row_p)"
-            places[gradient(product.symbol)] = f"(dp, at_p + {m} * d + r * row_p, row_p)"
+            places[product.symbol] = f"(p, {after('p_r', m, 'd')}, row_p)"
+            places[gradient(product.symbol)] = f"(dp, {after('p_r', m, 'd')}, row_p)"
         for s, name in enumerate(program.states):
-            places[program.old(name)] = f"(old, at_s + {s} * D + r * row_s, row_s)"
-            places[gradient(program.old(name))] = f"(scratch, before + ({s} * R + r) * w, w)"
+            places[program.old(name)] = f"(old, {after('s_r', s, 'D')}, row_s)"
+            places[gradient(program.old(name))] = f"(scratch, {after('before', s, 'R * w')} + w_r, w)"
         for i, name in enumerate(program.vectors):
-            places[Symbol(name)] = f"(v, {i} * D + head * d, 0)"
-            places[gradient(Symbol(name))] = f"(scratch, sums + {i} * w, 0)"
+            places[Symbol(name)] = f"(v, {after('head * d', i, 'D')}, 0)"
+            places[gradient(Symbol(name))] = f"(scratch, {after('sums', i, 'w')}, 0)"
         for k, symbol in enumerate(self.kept):
-            places[symbol] = f"(e, at_e + {k} * D + r * row_e, row_e)"
-            places[gradient(symbol)] = f"(scratch, de + ({k} * R + r) * w, w)"
+            places[symbol] = f"(e, {after('e_r', k, 'D')}, row_e)"
+            places[gradient(symbol)] = f"(scratch, {after('de', k, 'R * w')} + w_r, w)"
         for q, mean in enumerate(self.means):
-            places[mean.symbol] = f"(mu, at_m + {q} * B + r)"
+            places[mean.symbol] = f"(mu, {after('at_m', q, 'B')} + r)"
         return places
 
     def _function(self, name: str, done: Pass, loads: Mapping[Symbol, str], extra: Mapping[str, str] = {}) -> str:
@@ -204,19 +219,20 @@ class Kernels:
                     f"def _mean_{q}({', '.join(map(identifier, loads))}, share):\n    return ({share}) * share\n\n\n"
                     f"mean_{q} = elementwise(_mean_{q}, total=True)\n\n\n"
                 )
-                operands = ", ".join(place.replace(" + r * row", " + 0 * row") for place in loads.values())
-                share = f"1.0 / ({len(mean.operands)} * d)"
-                text += f"            mean_{q}(rows, d, ((mu, at_m + {q} * B),), ({operands}, {share}))\n"
+                operands = ", ".join(map(all_rows, loads.values()))
+                text += (
+                    f"            mean_{q}(rows, d, ((mu, {after('at_m', q, 'B')}),), ({operands}, {weight(mean)}))\n"
+                )
         first = 0
         for g, group in enumerate(self.groups):
             if group[0].level == level:
                 if group[0].operand in self.kept:
                     k = self.kept.index(group[0].operand)
-                    operand = f"e, at_e + {k} * D, row_e"
+                    operand = f"e, {after('at_e', k, 'D')}, row_e"
                 else:
-                    operand = f"scratch, {self._state(group[0].operand)} * R * w, w"
-                product = f"p, at_p + {first} * d, row_p, {operand}, u{g}, head, d"
-                text += f"            multiply(rows, {len(group)} * d, {product})\n"
+                    operand = f"scratch, {times(self._state(group[0].operand), 'R * w')}, w"
+                product = f"p, {after('at_p', first, 'd')}, row_p, {operand}, u{g}, head, d"
+                text += f"            multiply(board, {g}, rows, {times(len(group), 'd')}, {product}, False)\n"
             first += len(group)
         done = derivatives.forward(program, level)
         if not done.results:
@@ -230,13 +246,14 @@ class Kernels:
         inputs = self._function(f"forward_{level}", Pass(done.lets, tuple(results)), loads)
         self.passes.append(f"forward_{level} = elementwise(_forward_{level})\n\n\n")
         call = f"                    forward_{level}(n, d, ({', '.join(targets)},), ({inputs}))\n"
-        return text + _ROWS.format(calls=call)
+        return text + _rows(call)
 
     def _targets(self, symbol: Symbol) -> list[str]:
         """Where a root is stored: new states in the scratch, which has been saved."""
-        targets = [f"(scratch, ({s} * R + r) * w, w)" for s, new in enumerate(self.program.new) if new == symbol]
+        states = [s for s, new in enumerate(self.program.new) if new == symbol]
+        targets = [f"(scratch, {after('w_r', s, 'R * w')}, w)" for s in states]
         if symbol == self.program.output:
-            targets.append("(y, at_y + r * row_y, row_y)")
+            targets.append("(y, y_r, row_y)")
         if symbol in self.kept:
             targets.append(self.places[symbol])
         return targets
@@ -250,7 +267,7 @@ class Kernels:
         if level == program.levels - 1:
             self.written = set()
             for q in range(len(self.means)):
-                text += f"            clear(scratch, dmu + {q} * R, R)\n"
+                text += f"            clear(scratch, {after('dmu', q, 'R')}, R)\n"
             # Old states that nothing flows to, and kept quantities that only means take, begin at zero.
             text += self._unwritten()
         done = derivatives.backward(program, level)
@@ -258,9 +275,9 @@ class Kernels:
         for q, mean in enumerate(self.means):
             if mean.level == level:
                 for operand in mean.operands:
-                    place = self.places[gradient(operand)].replace(" + r * row", " + 0 * row").replace(" + r)", " + 0)")
-                    share = f"1.0 / ({len(mean.operands)} * d)"
-                    text += f"            add_mean(rows, d, ({place},), ({place}, (scratch, dmu + {q} * R), {share}))\n"
+                    place = all_rows(self.places[gradient(operand)])
+                    flow = f"(scratch, {after('dmu', q, 'R')})"
+                    text += f"            add_mean(rows, d, ({place},), ({place}, {flow}, {weight(mean)}))\n"
         first = len(self.matrices)
         for g, group in reversed([*enumerate(self.groups)]):
             first -= len(group)
@@ -268,16 +285,16 @@ class Kernels:
                 continue
             target = gradient(group[0].operand)
             base = (
-                f"de + {self.kept.index(group[0].operand)} * R * w"
+                after("de", self.kept.index(group[0].operand), "R * w")
                 if group[0].operand in self.kept
-                else f"before + {self._state(group[0].operand)} * R * w"
+                else after("before", self._state(group[0].operand), "R * w")
             )
-            function = "multiply_add" if target in self.written else "multiply"
-            self.written.add(target)
+            operand = f"dp, {after('at_p', first, 'd')}, row_p"
             text += (
-                f"            {function}(rows, d, scratch, {base}, w, dp, at_p + {first} * d, row_p, "
-                f"u{g}, head, {len(group)} * d)\n"
+                f"            multiply(board, {g}, rows, d, scratch, {base}, w, {operand}, "
+                f"u{g}, head, {times(len(group), 'd')}, {target in self.written})\n"
             )
+            self.written.add(target)
         return text
 
     def _unwritten(self) -> str:
@@ -291,24 +308,25 @@ class Kernels:
         for s, name in enumerate(self.program.states):
             target = gradient(self.program.old(name))
             if target not in flowing or target in averaged:
-                text += f"            clear(scratch, before + {s} * R * w, R * w)\n"
+                text += f"            clear(scratch, {after('before', s, 'R * w')}, R * w)\n"
                 self.written.add(target)
         for k, symbol in enumerate(self.kept):
             if gradient(symbol) in averaged:
-                text += f"            clear(scratch, de + {k} * R * w, R * w)\n"
+                text += f"            clear(scratch, {after('de', k, 'R * w')}, R * w)\n"
                 self.written.add(gradient(symbol))
         for m, product in enumerate(self.matrices):
             if gradient(product.symbol) in averaged:
-                text += f"            for r in range(rows):\n                clear(dp, at_p + {m} * d + r * row_p, d)\n"
+                at = f"{after('at_p', m, 'd')} + r * row_p"
+                text += f"            for r in range(rows):\n                clear(dp, {at}, d)\n"
                 self.written.add(gradient(product.symbol))
         # What nothing flows to, as in a condition alone.
+        inputs = self.program.inputs
         silent = [
-            *((g, symbol, "dx, at_x", "D", "x") for g, symbol in enumerate(map(Symbol, self.program.inputs))),
-            *((m, product.symbol, "dp, at_p", "d", "p") for m, product in enumerate(self.matrices)),
+            *((symbol, f"dx, {after('at_x', g, 'D')} + r * row_x") for g, symbol in enumerate(map(Symbol, inputs))),
+            *((product.symbol, f"dp, {after('at_p', m, 'd')} + r * row_p") for m, product in enumerate(self.matrices)),
         ]
-        for number, symbol, place, distance, rows in silent:
+        for symbol, at in silent:
             if gradient(symbol) not in flowing | averaged:
-                at = f"{place} + {number} * {distance} + r * row_{rows}"
                 text += f"            for r in range(rows):\n                clear({at}, d)\n"
         return text
 
@@ -322,10 +340,10 @@ class Kernels:
             for s, new in enumerate(self.program.new):
                 if new == symbol:
                     names.append(f"{identifier(gradient(symbol))}_state{s}")
-                    extra[names[-1]] = f"(scratch, flow + ({s} * R + r) * w, w)"
+                    extra[names[-1]] = f"(scratch, {after('flow', s, 'R * w')} + w_r, w)"
             if symbol == self.program.output:
                 names.append(f"{identifier(gradient(symbol))}_output")
-                extra[names[-1]] = "(dy, at_y + r * row_y, row_y)"
+                extra[names[-1]] = "(dy, y_r, row_y)"
             if symbol in self.kept:
                 names.append(f"{identifier(gradient(symbol))}_kept")
                 extra[names[-1]] = self.places[gradient(symbol)]
@@ -361,7 +379,7 @@ class Kernels:
             inputs = ", ".join([*loads.values(), *extra.values()]) + ","
             calls = f"                    backward_{level}(n, d, ({', '.join(targets)},), ({inputs}))\n"
         seeding = {name: place for name, place in extra.items() if not name.endswith("_before")}
-        first = ""
+        first, rest = "", after("dmu", len(self.means), "R")
         for target, expression in totals:
             q = [gradient(mean.symbol) for mean in self.means].index(target)
             name = f"backward_{level}_mean_{q}"
@@ -372,9 +390,46 @@ class Kernels:
                 f"{name} = elementwise(_{name}, total=True)\n\n\n"
             )
             inputs = ", ".join([*loads.values(), *seeding.values()]) + ","
-            first += f"                    {name}(n, d, ((scratch, dmu + {len(self.means)} * R + r),), ({inputs}))\n"
-            first += f"                    add(scratch, dmu + {q} * R + r, dmu + {len(self.means)} * R + r, n)\n"
-        return _ROWS.format(calls=first + calls) if first + calls else ""
+            first += f"                    {name}(n, d, ((scratch, {rest} + r),), ({inputs}))\n"
+            first += f"                    add(scratch, {after('dmu', q, 'R')} + r, {rest} + r, n)\n"
+        return _rows(first + calls) if first + calls else ""
+
+
+def _helper(name: str, arguments: str, operands: list[str]) -> str:
+    """What other threads do while one is in the kernel of that name: take part in its products."""
+    text = f"@jit_views\ndef help_{name}(board, scratch, {arguments.rstrip(', ')}):\n    kind = wait(board)\n"
+    text += "    while kind >= 0:\n"
+    for g, operand in enumerate(operands):
+        text += f"        {'elif' if g else 'if'} kind == {g}:\n            help_out(board, {g}, {operand}, u{g})\n"
+    return text + "        kind = wait(board)\n"
+
+
+def times(number: int, unit: str) -> str:
+    """number * unit, for people to read."""
+    return "0" if number == 0 else unit if number == 1 else f"{number} * {unit}"
+
+
+def after(place: str, number: int, unit: str) -> str:
+    """place + number * unit"""
+    return f"{place} + {times(number, unit)}" if number else place
+
+
+def weight(mean: Mean) -> str:
+    """Of one number in a mean."""
+    return "1.0 / d" if len(mean.operands) == 1 else f"1.0 / ({len(mean.operands)} * d)"
+
+
+def all_rows(place: str) -> str:
+    """The operand for all rows of a block, from that for those from r on."""
+    return re.sub(r"\b(\w)_r\b", r"at_\1", place.replace(" + w_r", ""))
+
+
+def _rows(calls: str) -> str:
+    """The calls of a pass: for all rows at once, or one by one where some may be padding."""
+    places = {**{f"{k}_r": f"at_{k} + r * row_{k}" for k in "xpsey"}, "w_r": "r * w"}
+    used = {name: place for name, place in places.items() if re.search(rf"\b{name}\b", calls)}
+    bases = f"{', '.join(used)} = {', '.join(used.values())}" if used else "pass"
+    return _ROWS.format(bases=bases, calls=calls)
 
 
 def _needed(done: Pass, results: list[str]) -> list[tuple[Symbol, Expr]]:
