@@ -18,6 +18,7 @@ from tidegate import registry
 from tidegate.bench import mixers, ops
 from tidegate.bench.machine import threads
 from tidegate.models.language import LanguageModel
+from tidegate.ops.block_scan import block_scan
 
 SHAPE = ops.Shape(batch=1, time=20, heads=2, key_dim=16, value_dim=16)
 _DIM = 32
@@ -105,6 +106,7 @@ def warm() -> Iterator[Warmed]:
                 yield timed(name, "forward", forward)
                 yield timed(name, "backward", training)
         yield timed("long_convolution, long", "both", _long_convolution)
+        yield timed("block_scan", "forward", lambda: block_scan(torch.ones(1, 2, 2, 2, 3), torch.ones(1, 2, 2, 3)))
         yield timed("all mixers", "both, and a step", _mixers)
     yield timed("compiled step", "forward", _step)
 

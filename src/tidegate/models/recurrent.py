@@ -172,8 +172,8 @@ class RNN(nn.Module):
             raise ValueError(f"module: seen {type(module).__name__}, wanted torch.nn.LSTM, GRU or RNN")
         if module.proj_size:
             raise ValueError("module: has a proj_size; its state is the projection, ours is what is projected")
-        options = {"nonlinearity": module.nonlinearity} if name == "elman" else {}
-        weight = module.weight_ih_l0
+        options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if name == "elman" else {}
+        weight: Any = module.weight_ih_l0
         rnn = cls(
             name,
             module.input_size,
@@ -199,10 +199,10 @@ class RNN(nn.Module):
         Raises ValueError for a cell or an option that PyTorch does not have.
         """
         layer: Any = self.layers[0]
-        plain = registry.build(self.cell, self.hidden_size)
+        plain: Any = registry.build(self.cell, self.hidden_size)
         starts = ("forget_bias", "chrono_length", "recurrent_init")  # how weights begin is no part of the network
         own = {k: v for k, v in self.options.items() if k not in (*starts, "preset") and v != plain.config()[k]}
-        given = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
+        given: dict[str, Any] = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
         if self.cell not in _TORCH or own or self.variational:
             seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
             raise ValueError(f"cell: PyTorch has no {', '.join(seen)}; it has lstm, gru and elman as they are")

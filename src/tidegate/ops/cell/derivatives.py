@@ -62,7 +62,7 @@ def forward(program: Program, level: int) -> Pass:
     """The pass that computes the roots of a level."""
     here = roots(program, level)
     lets = _closure(program, here)
-    return _shared(lets, [(symbol, symbol) for symbol in here])
+    return shared(lets, [(symbol, symbol) for symbol in here])
 
 
 def backward(program: Program, level: int) -> Pass:
@@ -84,7 +84,7 @@ def backward(program: Program, level: int) -> Pass:
             part = flow * sympy.diff(let.expression, source)
             flows[source] = flows.get(source, sympy.Integer(0)) + part
     results = [(gradient(s), flow) for s, flow in flows.items() if s not in inside and flow != 0]
-    return _shared(lets, results, backwards)
+    return shared(lets, results, backwards)
 
 
 def _closure(program: Program, here: list[Symbol]) -> list[Let]:
@@ -98,7 +98,7 @@ def _closure(program: Program, here: list[Symbol]) -> list[Let]:
     return lets[::-1]
 
 
-def _shared(lets: list[Let], results: list[tuple[Symbol, Expr]], more: list[tuple[Symbol, Expr]] | None = None) -> Pass:
+def shared(lets: list[Let], results: list[tuple[Symbol, Expr]], more: list[tuple[Symbol, Expr]] | None = None) -> Pass:
     """One list of assignments in which every subexpression is computed once, in an order that works."""
     named = [(let.symbol, let.expression) for let in lets] + (more or [])
     expressions = [expression for _, expression in [*named, *results]]

@@ -23,9 +23,8 @@ import torch
 from sympy import Expr, Symbol
 from torch import Tensor
 
-from tidegate.ops import kernels
+from tidegate.ops.block_scan import block_scan
 from tidegate.ops.cell import derivatives, reference
-from tidegate.ops.cell.block_scan import block_scan
 from tidegate.ops.cell.equations import Let, Mean, Product, Program
 from tidegate.ops.cell.printing import emit, identifier
 from tidegate.segments import Segments
@@ -78,7 +77,7 @@ def source(program: Program) -> str:
     wanted = [(Symbol(f"J {s} {k}"), entry) for s, row in enumerate(entries) for k, entry in enumerate(row)]
     results = [*((new, new) for new in program.new), *wanted]
     taken = [(let.symbol, let.symbol) for let in lets]  # what only a product or a mean needs has to be there, too
-    done = derivatives._shared(lets, [*results, *taken])
+    done = derivatives.shared(lets, [*results, *taken])
     lines: dict[Symbol, str] = {}
     needs: dict[Symbol, Iterable[Symbol]] = {}
     for symbol, expression in done.lets:
@@ -262,11 +261,13 @@ class _Solved(torch.autograd.Function):
             def form(*arguments: Tensor) -> tuple[Tensor, ...]:
                 return reference.run(cell, *arguments, segments, 0.0, cut)
 
-            found = kernels.differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
+            from tidegate.ops.kernels import differentiable_gradients
+
+            found = differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
             return (None, *found, None, None, None, None)
         with torch.enable_grad():
             given = [x.detach().requires_grad_() for x in (inputs, matrices, vectors)]
-            sequence = _Sequence(cell, *given, segments, cut)
+            sequence = _Sequence(cell, given[0], given[1], given[2], segments, cut)
             before = sequence.before(states, state).detach().requires_grad_()
             y, after = sequence.step(before)
 

@@ -113,8 +113,10 @@ def _run(
     key: str, name: str, problems: int, arguments: tuple[Any, ...], shared: tuple[np.ndarray, ...], scratch: int
 ) -> None:
     """Call a kernel over all problems; where there is one alone, other threads help with its products."""
-    kernel = getattr(compiled(key), name)
-    if problems > 1 or torch.get_num_threads() == 1 or not find(key).kernels.groups:
+    kernel, products = getattr(compiled(key), name), find(key).kernels.groups
+    R, B, T, _, d = arguments[:5]
+    largest = min(R, B) * d * d * max(map(len, products), default=0)
+    if problems > 1 or torch.get_num_threads() == 1 or largest < team.WORTHWHILE or T < team.LONG:
         kernels.run(kernel, problems, team.nobody, *arguments, scratch=scratch)
         return
     board, (memory,), help_out = team.board(), kernels.memory(scratch), getattr(compiled(key), f"help_{name}")

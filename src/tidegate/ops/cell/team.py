@@ -23,6 +23,7 @@ from tidegate.ops.kernels import jit_inside
 CLAIM, DONE, JOB = 0, 8, 16  # cache lines of their own
 KIND, ROWS, COLUMNS, AT_O, ROW_O, AT_A, ROW_A, HEAD, INNER, ADDED, ALONE, NEXT = (JOB + i for i in range(12))
 SIZE, STOP = 32, -1
+LONG = 8  # tokens from which getting others to come is worth it
 PATIENCE = 1 << 14  # looks at what a helper has not finished, some 10 us: it has lost its core
 PAUSES = 32, 4096  # products that the leader does alone after that, the first time and at most
 WORTHWHILE = 1 << 16  # products of numbers per token; below, asking costs as much as helping saves
