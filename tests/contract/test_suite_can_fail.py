@@ -37,7 +37,8 @@ def cases(function) -> Iterator[dict[str, object]]:
     """All combinations of a test's parametrised arguments."""
     marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
     for values in itertools.product(*(mark.args[1] for mark in marks)):
-        yield {mark.args[0]: value for mark, value in zip(marks, values, strict=True)}
+        plain = [value.values[0] if hasattr(value, "marks") else value for value in values]  # of pytest.param
+        yield {mark.args[0]: value for mark, value in zip(marks, plain, strict=True)}
 
 
 def run(name: str, subject: helpers.Subject, tmp_path, monkeypatch) -> None:

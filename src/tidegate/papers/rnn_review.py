@@ -112,10 +112,10 @@ def coming(rows: int, generator: Generator, *, length: int = 20, ahead: int = 3)
     return ids, nn.functional.pad(ids[:, ahead:], (0, ahead), value=IGNORE)
 
 
-def lag_cell(name: str, bias: float | None = None, **options: Any) -> RNN:
+def lag_cell(name: str, bias: float | None = None) -> RNN:
     """A layer of 48 on embeddings of 16; with `bias`, one that keeps from the start (an LSTM also hardly writes)."""
-    gated = {} if bias is None else {"forget_bias": bias}
-    rnn = RNN(name, 16, 48, batch_first=True, **gated, **options)
+    options: dict[str, Any] = {} if bias is None else {"forget_bias": bias}
+    rnn = RNN(name, 16, 48, batch_first=True, **options)
     layer = rnn.layers[0]
     if name == "lstm" and bias:
         assert isinstance(layer, CellMixer)
@@ -288,7 +288,7 @@ PAPER = Paper(
         ),
     ),
     notes="A survey without experiments of its own: these show what it explains. Its sequence-to-sequence models, with "
-    "attention and without, are not tried here, nor is the Neural Turing Machine. The bound for the window of 10 is not "
-    "chance: what a net with random weights writes still carries the first token to the end, and the last window learns "
-    "to read it.",
+    "attention and without, are not tried here, nor is the Neural Turing Machine. The bound for a window of 10 is not "
+    "chance: what a net with random weights writes still carries the first token to the end, and the last window "
+    "learns to read it.",
 )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from tidegate import registry
 from tidegate.papers.experiment import Situation
 from tidegate.papers.extrapolation import extrapolate
 from tidegate.state import State
@@ -19,10 +16,9 @@ LENGTHS = (40, 160)
 class Tracker(nn.Module):
     """Two embedded bits, one mixer, LayerNorm, MLP of twice the width, two logits: `logits, state = model(ids)`."""
 
-    def __init__(self, name: str, dim: int, **options: Any) -> None:
+    def __init__(self, mixer: nn.Module, dim: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(2, dim)
-        self.mixer = registry.build(name, dim, **options)
+        self.embedding, self.mixer = nn.Embedding(2, dim), mixer
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, 2))
 
     def forward(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=Hashable)
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int, say: Callable[[str], None]) -> dict[str, float]:
+
+def in_turns(calls: Mapping[Name, Callable[[], Any]], turns: int, say: Callable[[str], None]) -> dict[Name, float]:
     """The median seconds of every call over `turns` turns, so that a busy moment hits all alike; one comes before.
 
     With one thread they are that thread's own, which others on the machine lengthen less than the clock's.
@@ -23,7 +25,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], turns: int, say: Callable[[
     True
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # kernels compile
     for turn in range(turns):

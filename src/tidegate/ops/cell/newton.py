@@ -258,8 +258,8 @@ class _Solved(torch.autograd.Function):
         cell, cut, segments = ctx.cell, ctx.cut, _segments(starts, valid)
         if torch.is_grad_enabled():  # gradients of gradients: as functions of everything, from the loop over time
 
-            def form(*arguments: Tensor) -> tuple[Tensor, ...]:
-                return reference.run(cell, *arguments, segments, 0.0, cut)
+            def form(x: Tensor, matrices: Tensor, vectors: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+                return reference.run(cell, x, matrices, vectors, state, segments, 0.0, cut)
 
             from tidegate.ops.kernels import differentiable_gradients
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from sympy import Expr, Symbol
 
-from tidegate.ops.cell.equations import FUNCTIONS
+from tidegate.ops.cell.functions import FUNCTIONS
 
 _RESERVED = {*FUNCTIONS, "where_negative", "product", "full", "share", "step"}
 _RESERVED |= {"inputs", "matrices", "vectors", "states"}

@@ -16,6 +16,7 @@ from tidegate.ops.cell import derivatives
 from tidegate.ops.cell.derivatives import Pass, gradient
 from tidegate.ops.cell.equations import Let, Mean, Product, Program, sources
 from tidegate.ops.cell.printing import assignments, emit, identifier
+from tidegate.ops.cell.templates import BACKWARD, FORWARD, HEAD, PLACES, ROWS
 
 
 # -- PyTorch -----------------------------------------------------------------------------------------------------------
@@ -50,76 +51,6 @@ def torch_step(program: Program) -> str:
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
-_HEAD = '''"""Kernels of a cell, written by tidegate.ops.cell from these equations:
-
-{equations}
-"""
-
-from tidegate.ops.cell.loops import add, add_mean, clear, clear_starts, finish_step, load_states, pad
-from tidegate.ops.cell.loops import store_gradients, store_states
-from tidegate.ops.cell.team import help_out, multiply, wait
-from tidegate.ops.kernels import jit_views
-from tidegate.ops.passes import elementwise, exp, log, sigmoid, softplus, sqrt, tanh, where_negative
-
-
-'''
-
-_FORWARD = """@jit_views
-def forward(begin, end, scratch, board, R, B, T, H, d, x, v, state, codes, {weights}y, last, old, p, e, mu):
-    D, w, masked = H * d, pad(d), codes.shape[0] > 0
-    for problem in range(begin, end):
-        head, b = problem % H, problem // H * R
-        rows = min(R, B - b)
-        load_states({S}, rows, R, d, w, D, state, b * {SD} + head * d, {SD}, scratch)
-        for t in range(T):
-            if masked:
-                clear_starts({S}, rows, R, w, codes, b * T + t, T, scratch)
-{places}            store_states({S}, rows, R, d, w, D, scratch, old, at_s, row_s)
-{steps}        store_states({S}, rows, R, d, w, D, scratch, last, b * {SD} + head * d, {SD})
-
-
-"""
-
-_BACKWARD = """@jit_views
-def backward(
-    begin, end, scratch, board, R, B, T, H, d, clip, cut, x, v, codes, {weights}
-    old, p, e, mu, dy, dlast, dx, dp, dv, dstate
-):
-    D, w, masked = H * d, pad(d), codes.shape[0] > 0
-    flow, before, de = 0, {S} * R * w, {SS} * R * w
-    dmu = de + {E} * R * w
-    sums = dmu + {Q1} * R
-    for problem in range(begin, end):
-        head, b = problem % H, problem // H * R
-        rows = min(R, B - b)
-        load_states({S}, rows, R, d, w, D, dlast, b * {SD} + head * d, {SD}, scratch)
-        clear(scratch, sums, {V} * w)
-        for t in range(T - 1, -1, -1):
-{places}{steps}            finish_step({S}, rows, R, w, codes, b * T + t, T, cut > 0 and t % cut == 0, clip, scratch)
-        store_states({S}, rows, R, d, w, D, scratch, dstate, b * {SD} + head * d, {SD})
-        store_gradients({V}, d, w, scratch, sums, dv, problem * {V} * d)
-
-
-"""
-
-# Where a token's rows begin in each array, and how far apart they are; left out for what a cell does not have.
-_PLACES = {
-    "G": "at_x, row_x = (b * T + t) * {n} + head * d, T * {n}",
-    "M": "at_p, row_p = ((b * T + t) * H + head) * {n}, T * H * {n}",
-    "S": "at_s, row_s = (b * T + t) * {n} + head * d, T * {n}",
-    "E": "at_e, row_e = (b * T + t) * {n} + head * d, T * {n}",
-    "Q": "at_m = (t * H + head) * {n} + b",
-}
-
-_ROWS = """            r = 0
-            while r < rows:
-                n = 1 if masked else rows
-                if not masked or codes[(b + r) * T + t] != 2:
-                    {bases}
-{calls}                r += n
-"""
-
-
 class Kernels:
     """The source of `forward` and `backward` for a program; the arrays they work on are described in numba_cpu.py."""
 
@@ -159,11 +90,11 @@ class Kernels:
         # What a step's passes add to before anything was stored there begins at zero.
         weights = "".join(f"u{g}, " for g in range(len(self.groups)))
         indented = "\n".join("    " + line.strip() for line in self.equations.strip().splitlines())
-        text = _HEAD.format(equations=indented) + "".join(self.passes)
+        text = HEAD.format(equations=indented) + "".join(self.passes)
         places = "".join(f"            {line}\n" for line in self._begins())
         sizes = {**self.sizes, "SD": times(self.sizes["S"], "D"), "SS": 2 * self.sizes["S"], "Q1": self.sizes["Q"] + 1}
-        text += _FORWARD.format(weights=weights, places=places, steps=forward, **sizes)
-        text += _BACKWARD.format(weights=weights, places=places, steps=backward, **sizes)
+        text += FORWARD.format(weights=weights, places=places, steps=forward, **sizes)
+        text += BACKWARD.format(weights=weights, places=places, steps=backward, **sizes)
         kept = ["e" if group[0].operand in self.kept else "scratch" for group in self.groups]
         text += _helper("forward", "p, e, " + weights, [f"p, {operand}" for operand in kept])
         return text + "\n\n" + _helper("backward", "dp, " + weights, ["scratch, dp"] * len(kept))
@@ -172,7 +103,7 @@ class Kernels:
         units = {"M": "d", "Q": "B"}
         lines = [
             line.format(n=times(self.sizes[size], units.get(size, "D")))
-            for size, line in _PLACES.items()
+            for size, line in PLACES.items()
             if self.sizes[size]
         ]
         return [*lines, "at_y, row_y = (b * T + t) * D + head * d, T * D"]
@@ -429,7 +360,7 @@ def _rows(calls: str) -> str:
     places = {**{f"{k}_r": f"at_{k} + r * row_{k}" for k in "xpsey"}, "w_r": "r * w"}
     used = {name: place for name, place in places.items() if re.search(rf"\b{name}\b", calls)}
     bases = f"{', '.join(used)} = {', '.join(used.values())}" if used else "pass"
-    return _ROWS.format(bases=bases, calls=calls)
+    return ROWS.format(bases=bases, calls=calls)
 
 
 def _needed(done: Pass, results: list[str]) -> list[tuple[Symbol, Expr]]:
