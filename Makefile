@@ -34,9 +34,10 @@ types: $(VENV)/.installed  ## mypy
 docs: $(VENV)/.docs  ## the documentation into site/, links checked
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-bench: $(VENV)/.installed  ## ops, mixers, models and single tokens: tables, JSON and pictures in reports/bench
+bench: $(VENV)/.installed  ## ops, mixers, cells, models and single tokens: tables, JSON and pictures in reports/bench
 	$(RUN)/tidegate bench ops
 	$(RUN)/tidegate bench mixers
+	$(RUN)/tidegate bench cells
 	$(RUN)/tidegate bench model
 	$(RUN)/tidegate bench decode
 

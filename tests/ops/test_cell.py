@@ -394,6 +394,15 @@ def test_copies_and_pickles_are_the_cell():
         assert torch.equal(twin(*given)[0], cell(*given)[0])
 
 
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(numba_cpu, "cache_folder", lambda: tmp_path / "file" / "below")
+    cell = Cell("h = h + 0.25 * x", "h")
+    with tidegate.backend("numba"):
+        y, _ = cell(torch.ones(1, 3, 1, 1))
+    assert y.flatten().tolist() == [0.25, 0.5, 0.75]
+
+
 def test_the_order_of_names_is_that_of_the_equations():
     cell = Cell("a = V @ x + q * (B @ s)\ns = tanh(a + W @ x + p * x + A @ s + q)", "s")
     assert (cell.inputs, cell.matrices, cell.vectors) == (("V", "W", "x"), ("B", "A"), ("q", "p"))

@@ -34,7 +34,7 @@ CELLS = {options: Cell(_equations(*options), "h c") for options in itertools.pro
     tiny=dict(num_heads=2),
     presets={
         "cell": dict(block=False, conv_width=None),
-        "state-tracking": dict(recurrent_std=1.0, recurrent_limit=None),
+        "state-tracking": dict(block=False, conv_width=None, recurrent_std=1.0, recurrent_limit=None),
     },
 )
 class ParaLSTM(ParaMixer):
@@ -56,6 +56,7 @@ class ParaLSTM(ParaMixer):
     - `constrain_()` clips the vectors to ±`recurrent_limit`; it belongs after every optimiser step, and
       `tidegate train` sees to it. 0.9 is the paper's bound for synthetic tasks, none for parity.
     - `block=False` is the cell alone: u = x, or silu(conv(x)), and y = h. `conv_width=None` leaves out the convolution.
+      The preset "state-tracking" is the cell with wide, unbounded vectors, which learns the parity of bits.
 
     Initialisation: W as torch.nn.Linear, vectors N(0, `recurrent_std`^2), by default (E / H)^(-1/2), within the limit,
     b zero.
