@@ -227,6 +227,16 @@ def test_heads_of_every_width(heads, width):
     assert_near(kernel(cell, given), wanted, NORM_TOLERANCE, f"{heads} heads of {width}")
 
 
+@pytest.mark.parametrize("dim", [127, 256, 384, 389])
+def test_channels_that_never_meet_are_taken_apart(dim):
+    """In problems of 128 or more, where they divide the channels."""
+    cell = CELLS["indrnn"][0]
+    for segments in layouts(9, 3):
+        given = arguments(cell, 9, 3, 1, dim)
+        wanted = results(lambda *leaves, s=segments: loop(literal("indrnn"), *leaves, s), given)
+        assert_near(kernel(cell, given, segments), wanted, KERNEL_TOLERANCE, f"{dim} channels")
+
+
 def test_splits_hand_the_state_on():
     cell = CELLS["slstm"][0]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, KERNEL_TOLERANCE)):
@@ -340,16 +350,20 @@ def test_what_nothing_flows_to_has_a_gradient_of_zero():
 
 # -- as an operator ----------------------------------------------------------------------------------------------------
 def test_the_number_of_threads_makes_no_difference():
-    cell = CELLS["gru-after"][0]
-    given = arguments(cell, 17, 20, 4, 48)
-    for segments in list(layouts(17, 20))[::3]:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(kernel(cell, given, segments))
-        for name in ("y", "state", "d inputs", "d state"):  # PyTorch's own sums and products follow
-            assert torch.equal(found[0][name], found[1][name]), name
-        assert_near(found[1], found[0], 1e-6, "two threads and one")
+    for name, heads, dim in (("gru-after", 4, 48), ("indrnn", 1, 256)):
+        cell, given = CELLS[name][0], arguments(CELLS[name][0], 17, 20, heads, dim)
+        same_bits(cell, given, None)
+        same_bits(cell, given, list(layouts(17, 20))[-1])
+
+
+def same_bits(cell, given, segments):
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(kernel(cell, given, segments))
+    for name in ("y", "state", "d inputs", "d state"):  # PyTorch's own sums and products follow
+        assert torch.equal(found[0][name], found[1][name]), name
+    assert_near(found[1], found[0], 1e-6, "two threads and one")
 
 
 def test_the_operators_are_sound():

@@ -105,7 +105,12 @@ def _weights(cell: Cell, matrices: Tensor, transposed: bool) -> list[np.ndarray]
 def _sizes(cell: Cell, inputs: Tensor, matrices: Tensor) -> tuple[int, int, int, int]:
     """B, T, H, d."""
     batch, time, _, width = inputs.shape
-    heads = matrices.shape[1] if cell.matrices else 1
+    if cell.matrices:
+        heads = matrices.shape[1]
+    elif cell.kernels.means:
+        heads = 1
+    else:  # channels that never meet: as many problems of 128 or more as there are equal ones
+        heads = max(h for h in range(1, 1 + max(1, width // 128)) if width % h == 0)
     return batch, time, heads, width // heads
 
 
@@ -220,10 +225,9 @@ def _backward_op(
 @_forward_op.register_fake
 def _(key, inputs, matrices, vectors, state, codes, clip, cut):
     cell = find(key)
-    B, T, _, D = inputs.shape
-    H, size = matrices.shape[1] if cell.matrices else 1, cell.kernels.sizes
-    new = inputs.new_empty
-    saved = new(B, T, size["S"], D), new(B, T, H, size["M"], D // H), new(B, T, size["E"], D), new(T, H, size["Q"], B)
+    B, T, H, d = _sizes(cell, inputs, matrices)
+    size, D, new = cell.kernels.sizes, H * d, inputs.new_empty
+    saved = new(B, T, size["S"], D), new(B, T, H, size["M"], d), new(B, T, size["E"], D), new(T, H, size["Q"], B)
     return new(B, T, D), new(B, size["S"], D), *saved
 
 
