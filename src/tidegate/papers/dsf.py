@@ -70,8 +70,8 @@ def _exactness(name: str, time: int) -> dict[str, float]:
         "matrix": max(_error(system.rebuilt(), system.output) for system in seen.systems),
         "layer from its matrices": _error(rebuild(layer, x), seen.output),
         "layer in float32": _error(in_float32, seen.output),
-        "smallest |eigenvalue|": moduli.min().item(),
-        "largest |eigenvalue|": moduli.max().item(),
+        "smallest modulus": moduli.min().item(),
+        "largest modulus": moduli.max().item(),
     }
 
 
@@ -269,21 +269,21 @@ PAPER = Paper(
             "layer's recurrence is given, the matrices (Lambda, B, C, D) are built; run token by token they give "
             "'recurrence', multiplied out into Phi they give 'matrix', both against the output of the layer's own "
             "fast form; with Phi in that one's place, the whole layer is run again. Largest error, relative to the "
-            "largest output. The float32 layer is compared with the float64 one. And sigmoid(-x)^a in log space, for "
-            "|x| up to 30.",
+            "largest output. The float32 layer is compared with the float64 one. Largest and "
+            "smallest modulus of the transitions' eigenvalues. And sigmoid(-x)^a in log space, x from -30 to 30.",
             measure=one_system,
             checks=(
                 Check("largest error of any member", _worst(ERRORS, tuple(MEMBERS)), "<=", 1e-9),
                 Check("sigmoid(-x)^a against exp(-a softplus(x))", lambda n: n[IDENTITY]["identity"], "<=", 1e-12),
                 Check(
-                    "largest |eigenvalue| of the state space models and RNNs",
-                    _worst(("largest |eigenvalue|",), [name for name in MEMBERS if name not in ATTENTION]),
+                    "largest modulus of an eigenvalue, state space models and RNNs",
+                    _worst(("largest modulus",), [name for name in MEMBERS if name not in ATTENTION]),
                     "<",
                     1.0,
                 ),
                 Check(
-                    "largest |eigenvalue| of linear attention: eta may shrink, and then what is kept grows",
-                    _worst(("largest |eigenvalue|",), ("linear attention",)),
+                    "the same of linear attention: where eta shrinks, what is kept grows",
+                    _worst(("largest modulus",), ("linear attention",)),
                     ">",
                     1.0,
                 ),
@@ -335,6 +335,10 @@ PAPER = Paper(
     "The state of softmax attention is a slot for each token of the row: all that its infinitely many features can "
     "tell apart there. Chosen here: RMSNorm for LayerNorm, no bias on queries and keys, no dropout; the paper's "
     "vocabulary of 8,192, its rows of up to 512 tokens, its search over four learning rates, the Long Range Arena and "
-    "WikiText-103 are not tried. A trial with seed 100 came before: with n = 4, norm attention has 0.71 at a learning "
-    "rate of 1e-3 and 0.98 at 3e-3, linear attention 0.85 and 0.86; so all have 3e-3 here.",
+    "WikiText-103 are not tried. Trials came before, of norm attention with n = 4 at a learning rate of 1e-3 "
+    "(seed 100: 0.71, seed 101: 0.91; with a bias on queries, keys and values 0.25) and 3e-3 (seed 100: 0.98), and of "
+    "linear attention (0.85 and 0.86); so all have 3e-3 here. These were too few: norm attention leaves the "
+    "plateau of guessing among the four values shown, a loss of log 4, with one of three seeds only. With that one it "
+    "leads, so it is training that fails, not the memory. No setting was changed after this was seen. 600 steps leave "
+    "both forget gates near guessing, so their direction says little.",
 )
