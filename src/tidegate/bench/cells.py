@@ -14,7 +14,6 @@ from tidegate.bench import machine
 from tidegate.bench.mixers import work
 from tidegate.bench.report import Measurement
 from tidegate.bench.sweep import Call, Candidate, measure
-from tidegate.nn.mixer import Mixer
 
 PEER = "torch/lstm"  # what everything else is compared with
 PEERS = {PEER: ("lstm", nn.LSTM), "torch/gru": ("gru", nn.GRU), "torch/elman": ("elman", nn.RNN)}
@@ -48,8 +47,7 @@ def sweep(
         taken = []
         for name, layer in layers.items():
             own = PEERS[name][0] if name in PEERS else name.removeprefix(LOOP)
-            options = layer.config() if isinstance(layer, Mixer) else {}
-            costs = work(own, batch, length, dim, **options)
+            costs = work(own, batch, length, dim, **_options(own, 1 if name in PEERS else heads))
             taken.append(Candidate(name, batch, length, *_runs(name, layer, batch, length, dim), *costs))
         yield from measure(taken, limits, repetitions, patience)
 
@@ -68,7 +66,11 @@ def _layer(name: str, dim: int, heads: int) -> nn.Module:
     known = registry.info(own)
     if known.family != "cell":
         raise ValueError(f"names: {own!r} is no nonlinear cell; `tidegate bench mixers` times all")
-    return registry.build(own, dim, **({"num_heads": heads} if "num_heads" in known.options else {}))
+    return registry.build(own, dim, **_options(own, heads))
+
+
+def _options(name: str, heads: int) -> dict[str, Any]:
+    return {"num_heads": heads} if "num_heads" in registry.info(name).options else {}
 
 
 def _runs(name: str, layer: nn.Module, batch: int, length: int, dim: int) -> tuple[Call, Call]:

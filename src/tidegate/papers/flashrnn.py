@@ -197,8 +197,10 @@ def _heads(count: int) -> str:
 def draw_heads(panel: Axes, measured: Sequence[Measured]) -> None:
     """Milliseconds by number of heads."""
     numbers = measured[0].numbers
-    panel.plot([int(system.split()[0]) for system in numbers], [row[KERNEL] for row in numbers.values()], "o-")
-    panel.set(xlabel="heads of an LSTM with 256 channels", ylabel="forward and backward (ms)", xscale="log", ylim=0)
+    times = [row[KERNEL] for row in numbers.values()]
+    panel.plot([int(system.split()[0]) for system in numbers], times, "o-")
+    panel.set(xlabel="heads of an LSTM with 256 channels", ylabel="forward and backward (ms)", xscale="log")
+    panel.set_ylim(0, 1.1 * max(times))
     panel.set_xticks(HEADS, [str(count) for count in HEADS])
     panel.minorticks_off()
 

@@ -24,7 +24,7 @@ CLAIM, DONE, JOB = 0, 8, 16  # cache lines of their own
 KIND, ROWS, COLUMNS, AT_O, ROW_O, AT_A, ROW_A, HEAD, INNER, ADDED, ALONE, NEXT = (JOB + i for i in range(12))
 SIZE, STOP = 32, -1
 LONG = 8  # tokens from which getting others to come is worth it
-PATIENCE = 1 << 14  # looks at what a helper has not finished, some 10 us: it has lost its core
+PATIENCE = 1 << 16  # looks at what a helper has not finished, some 50 us: it has lost its core
 PAUSES = 32, 4096  # products that the leader does alone after that, the first time and at most
 WORTHWHILE = 1 << 16  # products of numbers per token; below, asking costs as much as helping saves
 nobody = np.zeros(0, np.int64)  # the board of who works alone
@@ -111,7 +111,7 @@ def multiply(board, kind, rows, columns, o, at_o, row_o, a, at_a, row_a, u, head
     board[AT_A], board[ROW_A], board[HEAD], board[INNER], board[ADDED] = at_a, row_a, head, inner, added
     board[DONE] = 0
     write(board, CLAIM, ((board[CLAIM] >> 32) + 1) << 32 | count)
-    mine, some = 0, max(1, count // 8)
+    mine, some = 0, max(1, count // 16)
     while True:
         word = read(board, CLAIM)
         front, back = word >> 16 & 0xFFFF, word & 0xFFFF
@@ -148,7 +148,7 @@ def help_out(board, kind, o, a, u):
     if word < 0 or front >= back or board[KIND] != kind:
         return
     columns = board[COLUMNS]
-    begin = max(front, back - max(1, (columns + PANEL - 1) // PANEL // 8))
+    begin = max(front, back - max(1, (columns + PANEL - 1) // PANEL // 16))
     if exchange(board, CLAIM, word, word - (back - begin)):  # the product cannot end without us from here on
         at_o, row_o, at_a, row_a = board[AT_O], board[ROW_O], board[AT_A], board[ROW_A]
         rows, head, inner, added = board[ROWS], board[HEAD], board[INNER], board[ADDED] != 0
