@@ -36,6 +36,8 @@ def test_json():
             assert row["backend"] == explain(row["device"], getattr(torch, row["dtype"]))[0]
         assert row["reason"]
     assert {row["op"] for row in facts["backends"]} >= {"scan", "delta_rule", "attention"}
+    single = [row for row in facts["backends"] if row["device"] == "cpu" and row["dtype"] == "float32"]
+    assert {row["op"] for row in single if row["backend"] != "numba"} == {"attention"}
 
 
 def test_warnings(monkeypatch):

@@ -149,7 +149,7 @@ def _warm(as_json: bool) -> None:
 def _folder(function: Any) -> Path:
     import inspect
 
-    return Path(inspect.getfile(function)).parent
+    return Path(inspect.getfile(inspect.unwrap(function))).parent
 
 
 def _print(facts: dict[str, Any]) -> None:
