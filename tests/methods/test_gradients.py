@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.autograd.functional import vjp
 
+from tests.contract.helpers import Subject
 from tidegate import LanguageModel, State, mixers
 from tidegate.methods.gradients import state_gradient_profile
 from tidegate.nn.mixer import Mixer
@@ -97,6 +98,16 @@ def test_profile_is_the_product_of_jacobians(name, options, entries):
     seen = state_gradient_profile(mixer, x, direction=direction, entries=entries)
     assert seen.shape == (2, 12)
     torch.testing.assert_close(seen, by_jacobians(mixer, x, direction, entries), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", mixers.names(streaming=True))
+def test_every_mixer_has_a_profile(name):
+    subject = Subject.registered(name)
+    mixer, x = subject.build().double(), subject.input(2, 8).double()
+    profile = state_gradient_profile(mixer, x)
+    assert profile.shape == (2, 8)
+    assert not profile.isnan().any()
+    assert profile[:, -1].isfinite().all()  # every state says something about the next token
 
 
 def test_float32_kernels_have_the_profile_of_float64_also_where_squares_would_underflow():

@@ -494,3 +494,27 @@ def test_the_number_of_parameters(name, options, wanted):
 def test_errors_name_the_option(name, options, match):
     with pytest.raises(ValueError, match=match):
         mixers.build(name, D, **options)
+
+
+# -- how it is run -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["lstm", "slstm", "para-lstm"])
+def test_gradients_are_cut_and_clipped_and_the_method_chosen(name):
+    torch.manual_seed(0)
+    preset = {"lstm": None, "slstm": "cell", "para-lstm": "state-tracking"}[name]
+    mixer = mixers.build(name, 16, **({"preset": preset} if preset else {}))
+    mixer = mixer.double()
+    x = torch.randn(1, 12, 16, dtype=torch.float64, requires_grad=True)
+
+    def flow():
+        return torch.autograd.grad(1e6 * mixer(x)[0][:, -1].sum(), x)[0].abs().amax(-1)[0]
+
+    whole = flow()
+    assert (whole > 0).all()
+    mixer.truncate = 5
+    cut = flow()
+    assert not cut[:10].any()
+    assert (cut[10:] > 0).all()
+    mixer.truncate, mixer.gradient_clip = None, 1.0
+    assert (flow()[:-1] < whole[:-1]).all()
+    mixer.gradient_clip, mixer.method = None, "newton"
+    torch.testing.assert_close(flow(), whole, rtol=1e-8, atol=1e-8)

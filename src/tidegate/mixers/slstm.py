@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.mixers.mlstm import norm_per_head
-from tidegate.nn.mixer import Mixer
+from tidegate.nn.cell import CellLayer
 from tidegate.nn.parts import ShortConvolution, check_heads
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
@@ -44,7 +44,7 @@ CELLS = {
         "cell": dict(conv_width=None, headwise=False, norm=None),
     },
 )
-class SLSTM(Mixer):
+class SLSTM(CellLayer):
     """Scalar-memory LSTM (sLSTM) of the xLSTM, hidden size dim.
 
     Equation, u = silu(conv(x)), and per head (U does not see other heads)::
@@ -146,11 +146,10 @@ class SLSTM(Mixer):
             inputs = torch.cat([self._products(u, weights[0]), self._products(x, weights[1])], 2)
         inputs = inputs + self.bias_ih.view(4, -1)
         matrices = self.weight_hh.view(4, self.num_heads, self.head_dim, self.head_dim)
-        before = torch.stack([state[name] for name in self.cell.states], 1)
-        h, after = self.cell(inputs, matrices, None, before, segments=segments)
+        h, after = self.over_time(inputs, matrices, None, state, segments)
         if self.norm_weight is not None and self.norm is not None:
             h = norm_per_head(h.unflatten(-1, (self.num_heads, -1)), self.norm_weight, self.norm, self.norm_eps)
-        return h, State(**tail, **dict(zip(self.cell.states, after.unbind(1), strict=True)))
+        return h, State(**tail, **after)
 
     def _products(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, T, dim) -> (B, T, gates, dim)."""

@@ -15,7 +15,41 @@ from tidegate.segments import Segments
 from tidegate.state import State
 
 
-class CellMixer(Mixer):
+class CellLayer(Mixer):
+    """A mixer around a cell (see `tidegate.ops.Cell`).
+
+    How gradients flow, and how the cell is run, is no part of the configuration; it can be set on any such mixer:
+    `gradient_clip`, `truncate` and `method` are the arguments of `Cell` of these names.
+    """
+
+    cell: Cell
+    gradient_clip: float | None = None
+    truncate: int | None = None
+    method: str | None = None
+
+    def over_time(
+        self,
+        inputs: Tensor,
+        matrices: Tensor | None,
+        vectors: Tensor | None,
+        state: State,
+        segments: Segments | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cell's outputs and its states, by their names, from those in `state`; shapes as in `Cell`."""
+        y, after = self.cell(
+            inputs,
+            matrices,
+            vectors,
+            torch.stack([state[name] for name in self.cell.states], 1),
+            segments=segments,
+            gradient_clip=self.gradient_clip,
+            truncate=self.truncate,
+            method=self.method,
+        )
+        return y, dict(zip(self.cell.states, after.unbind(1), strict=True))
+
+
+class CellMixer(CellLayer):
     """A mixer that is a cell (see `tidegate.ops.Cell`): everything but the equations and the initialisation.
 
     `_build` sets up, for G inputs, M recurrent matrices and V vectors of the cell: `weight_ih` (G * dim, dim) and
@@ -29,7 +63,6 @@ class CellMixer(Mixer):
     State: every state of the cell (dim, or width).
     """
 
-    cell: Cell
     num_heads: int
     width: int
     bias_hh: nn.Parameter | None
@@ -123,10 +156,8 @@ class CellMixer(Mixer):
         inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.width))
         if "x" in self.cell.inputs:
             inputs = torch.cat([inputs, x.unsqueeze(2)], 2)
-        before = torch.stack([state[name] for name in self.cell.states], 1)
-        y, after = self.cell(inputs, self._matrices(), vectors, before, segments=segments)
-        y = y if self.weight_hr is None else functional.linear(y, self.weight_hr)
-        return y, State(dict(zip(self.cell.states, after.unbind(1), strict=True)))
+        y, after = self.over_time(inputs, self._matrices(), vectors, state, segments)
+        return (y if self.weight_hr is None else functional.linear(y, self.weight_hr)), State(after)
 
 
 def check_chrono(length: int | None) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.nn.mixer import Mixer
+from tidegate.nn.cell import CellLayer
 from tidegate.nn.parts import HeadNorm, ShortConvolution, check_heads
 from tidegate.ops.cell import Cell
 from tidegate.segments import Segments
 from tidegate.state import State
 
 
-class ParaMixer(Mixer):
+class ParaMixer(CellLayer):
     """A cell whose channels see one another only in its input; a subclass gives the cell.
 
     Parameters, for G inputs and V vectors of the cell, E = expand dim channels in H heads: `weight_ih` (G, H, E / H,
@@ -86,8 +86,7 @@ class ParaMixer(Mixer):
         if self.convolution is not None:
             u, tail["convolution"] = self.convolution(u, state["convolution"], segments)
         inputs = torch.einsum("bthi,ghji->btghj", u.unflatten(-1, (self.num_heads, -1)), self.weight_ih).flatten(-2)
-        before = torch.stack([state[name] for name in self.cell.states], 1)
-        y, after = self.cell(inputs + self.bias_ih, None, self.vectors, before, segments=segments)
+        y, after = self.over_time(inputs + self.bias_ih, None, self.vectors, state, segments)
         if self.norm is not None and self.o_proj is not None:
             y = self.o_proj(self.norm(y.unsqueeze(2), gate))
-        return y, State(**tail, **dict(zip(self.cell.states, after.unbind(1), strict=True)))
+        return y, State(**tail, **after)
