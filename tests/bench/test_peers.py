@@ -146,7 +146,7 @@ def test_a_loop_is_to_be_left_further_behind():
     assert peer_inputs.target("op/linear_attention/key", "training", "") == 2
     assert peer_inputs.target("op/linear_attention/key", "training", "loop") == 20
     assert peer_inputs.target("op/linear_attention/key", "forward", "loop") == 1.5
-    assert peer_inputs.target("layer/gru", "forward", "") is None
+    assert peer_inputs.target("layer/gru", "forward", "") == 1.3
 
 
 def test_results_are_written_as_json_table_and_picture(tmp_path):
