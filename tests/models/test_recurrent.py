@@ -61,6 +61,21 @@ def test_packed_sequences(kind):
             close(last, expected_last)
 
 
+def test_packed_sequences_of_one_length_keep_their_places():
+    """Sorting anew is not stable: from 17 rows on those of one length changed places in `.data`."""
+    torch.manual_seed(0)
+    theirs = KINDS["gru"]()
+    ours = RNN.from_torch(theirs)
+    lengths = torch.randint(1, 4, (60,)).sort(descending=True, stable=True).values
+    for ordered in (True, False):
+        packed = pack_padded_sequence(torch.randn(3, 60, 5), lengths, enforce_sorted=ordered)
+        found, expected = ours(packed)[0], theirs(packed)[0]
+        close(found.data, expected.data, rtol=1e-4, atol=1e-5)
+        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
+            mine, other = getattr(found, name), getattr(expected, name)
+            assert (mine is None and other is None) or torch.equal(mine, other)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_there_and_back_are_the_same_bits(kind):
     torch.manual_seed(0)
@@ -138,6 +153,28 @@ def test_other_mixers_stream_in_it_too():
     whole, _ = rnn(x)
     first, hx = rnn(x[:, :4])
     close(torch.cat([first, rnn(x[:, 4:], hx)[0]], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_grows_is_taken_back():
+    rnn = RNN("attention", 5, 16, num_layers=2, batch_first=True, num_heads=2)
+    x = torch.randn(2, 9, 5)
+    whole, _ = rnn(x)
+    first, hx = rnn(x[:, :4])
+    close(torch.cat([first, rnn(x[:, 4:], hx)[0]], 1), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="hx: seen"):
+        rnn(x, tuple(part[..., :-1] for part in hx))
+
+
+def test_layers_know_their_place():
+    rnn = RNN("hgrn", 5, 16, num_layers=3, bidirectional=True)
+    assert [layer[-1].layer_index for layer in rnn.layers] == [0, 0, 1, 1, 2, 2]
+    assert {layer[-1].num_layers for layer in rnn.layers} == {3}
+
+
+def test_a_preset_that_pytorch_does_not_have():
+    with pytest.raises(ValueError, match="PyTorch has no lstm, peephole=True"):
+        RNN("lstm", 5, 8, preset="peephole").to_torch()
+    assert RNN("elman", 5, 8, preset="irnn").to_torch().nonlinearity == "relu"
 
 
 def test_errors():

@@ -1,5 +1,8 @@
 """Several threads at one sequence: the same bits as one thread alone, whoever comes to help."""
 
+import sys
+import threading
+
 import pytest
 import torch
 
@@ -79,7 +82,37 @@ def test_errors_are_raised(two_threads):
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError, match="lost"):
-        threads.together(fail, lambda: None)
+        threads.together(fail, lambda: None, lambda: None)
     calls = []
-    threads.together(lambda: calls.append("lead"), lambda: calls.append("help"))
-    assert calls.count("lead") == 1
+    threads.together(lambda: calls.append("lead"), lambda: calls.append("help"), lambda: calls.append("dismiss"))
+    assert calls.count("lead") == calls.count("dismiss") == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ctypes has nobody to raise it to
+@pytest.mark.parametrize("openmp", [True, False])
+@pytest.mark.parametrize("place", ["lead", "share"])
+def test_a_ctrl_c_before_the_first_line(two_threads, monkeypatch, place, openmp):
+    """Python lets a signal's exception in as a function begins, before it can be caught there."""
+    if not openmp:
+        monkeypatch.setattr(threads, "_openmp", False)
+    dismissed = threading.Event()
+
+    def lead():
+        pass
+
+    def interrupt(frame, event, argument):
+        if event == "call" and frame.f_code.co_name == place:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    def until_this_thread_leads():
+        while True:
+            threads.together(lead, lambda: dismissed.wait(20), dismissed.set)
+
+    sys.setprofile(interrupt)  # of this thread alone
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            until_this_thread_leads()
+    finally:
+        sys.setprofile(None)
+    assert dismissed.is_set()

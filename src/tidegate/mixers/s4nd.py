@@ -115,7 +115,8 @@ class S4ND(Mixer):
             z = copies(x, self.rank)
         else:
             frames = x.reshape(batch * time, *self.grid, channels)
-            z = self.space.terms(frames, self.grid_rescale).reshape(batch, time, -1)  # pixels, rank, channels
+            z = self.space.terms(frames, self.grid_rescale)  # pixels, rank, channels
+            z = z.reshape(batch, time, self.dim * self.rank)
         decay, B, C = self.time.discretised(self.step_rescale)
         # The pixels stand side by side as channels do, each with the same models: nothing is moved or copied.
         decay, weight = (w.repeat(self.pixels, 1) for w in (decay, B * C))

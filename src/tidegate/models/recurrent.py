@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import registry
 from tidegate.nn.cell import CellMixer
-from tidegate.nn.mixer import Mixer
+from tidegate.nn.mixer import Mixer, grows
 from tidegate.segments import Segments
 from tidegate.state import State
 
@@ -75,7 +75,9 @@ class RNN(nn.Module):
         widths = [input_size] + [self.directions * hidden_size] * (num_layers - 1)
         # In PyTorch's order: layer by layer, the reversed direction after its layer's own.
         self.layers = nn.ModuleList(
-            _layer(cell, width, hidden_size, options, factory) for width in widths for _ in range(self.directions)
+            _layer(cell, width, hidden_size, {**_place(cell, index, num_layers), **options}, factory)
+            for index, width in enumerate(widths)
+            for _ in range(self.directions)
         )
 
     def reset_parameters(self) -> None:
@@ -110,7 +112,10 @@ class RNN(nn.Module):
         x, lengths = nn.utils.rnn.pad_packed_sequence(input, batch_first=True)
         valid = torch.arange(x.shape[1], device=x.device) < lengths.to(x.device)[:, None]
         y, last = self._run(x, hx, Segments(torch.zeros_like(valid), valid))
-        return nn.utils.rnn.pack_padded_sequence(y, lengths, batch_first=True, enforce_sorted=False), last
+        if input.sorted_indices is not None:  # the order that came: sequences of one length could swap places
+            y, lengths = y[input.sorted_indices], lengths[input.sorted_indices.cpu()]
+        data = nn.utils.rnn.pack_padded_sequence(y, lengths, batch_first=True).data
+        return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), last
 
     def _run(self, x: Tensor, hx: Any, segments: Segments | None) -> tuple[Tensor, Any]:
         """(B, T, input_size) -> (B, T, directions * hidden_size)."""
@@ -140,7 +145,12 @@ class RNN(nn.Module):
             return [empty] * len(self.layers)
         parts, names = (tuple(hx) if isinstance(hx, tuple | list) else (hx,)), tuple(empty)
         wanted = [(len(self.layers), *empty[name].shape) for name in names]
-        if [tuple(part.shape) for part in parts] != wanted:
+        spec, seen = cell.state_spec(), [tuple(part.shape) for part in parts]
+        grown = [  # as wanted, but for the length of a state that grows
+            tuple(n if w == 0 and grows(spec[name]) else w for n, w in zip(given, shape, strict=False)) + shape[len(given) :]
+            for name, given, shape in zip(names, seen, wanted, strict=False)
+        ]
+        if seen != grown + wanted[len(grown) :]:
             raise ValueError(
                 f"hx: seen {', '.join(str(tuple(part.shape)) for part in parts)}, wanted {', '.join(names)} of shape "
                 f"{', '.join(map(str, wanted))}: (num_layers * directions, batch, ...)"
@@ -198,10 +208,10 @@ class RNN(nn.Module):
 
         Raises ValueError for a cell or an option that PyTorch does not have.
         """
-        layer: Any = self.layers[0]
+        layer: Any = _mixer(self.layers[0])
         plain: Any = registry.build(self.cell, self.hidden_size)
         starts = ("forget_bias", "chrono_length", "recurrent_init")  # how weights begin is no part of the network
-        own = {k: v for k, v in self.options.items() if k not in (*starts, "preset") and v != plain.config()[k]}
+        own = {k: v for k, v in layer.config().items() if k not in starts and v != plain.config()[k]}
         given: dict[str, Any] = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
         if self.cell not in _TORCH or own or self.variational:
             seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
@@ -234,6 +244,12 @@ class RNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.cell!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _place(name: str, index: int, layers: int) -> dict[str, int]:
+    """Where in the stack a layer stands, for mixers whose initialisation or bounds depend on it."""
+    takes = registry.info(name).options
+    return {key: value for key, value in {"layer_index": index, "num_layers": layers}.items() if key in takes}
 
 
 def _layer(name: str, width: int, hidden: int, options: dict[str, Any], factory: dict[str, Any]) -> nn.Module:

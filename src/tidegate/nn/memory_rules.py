@@ -77,7 +77,7 @@ class KeyGate(MemoryRule):
 
     def log_decay(self, extra: Tensor) -> Tensor:
         logits = (extra.unflatten(0, (-1, self.sets)) @ self.up + self.bias[:, None]).flatten(0, 1)
-        log_decay = log_sigmoid(logits, torch.zeros_like(logits[0, 0]), 1 / self.temperature)
+        log_decay = log_sigmoid(logits, logits.new_zeros(logits.shape[-1]), 1 / self.temperature)
         return split_heads(log_decay, self.num_heads)
 
 

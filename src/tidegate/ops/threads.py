@@ -46,51 +46,62 @@ def run(
         return
     bounds = _bounds(problems, parts, threads)
     shares = itertools.pairwise(bounds)
-    errors: list[BaseException] = []
 
-    def work(_: Any = None) -> None:
+    def work() -> None:
         # Whoever is free takes the next share: a team may be smaller than was asked for.
-        try:
-            for begin, end in iter(lambda: _next(shares), None):
-                if begin < end:
-                    kernel(begin, end, *memory(scratch), *arguments)
-        except BaseException as error:
-            errors.append(error)
+        for begin, end in iter(lambda: _next(shares), None):
+            if begin < end:
+                kernel(begin, end, *memory(scratch), *arguments)
 
     _team(work, threads)
-    if errors:
-        raise errors[0]
 
 
-def together(lead: Callable[[], None], help_out: Callable[[], None]) -> None:
+def together(lead: Callable[[], None], help_out: Callable[[], None], dismiss: Callable[[], None]) -> None:
     """Call `lead` on one of PyTorch's threads and `help_out` on each of the others that comes.
 
-    `lead` must be able to finish alone: a team may be smaller than was asked for, or late.
+    `lead` must be able to finish alone: a team may be smaller than was asked for, or late. `dismiss` sends the others
+    home; it is called by the thread that leads, also where a Ctrl-C comes before the first line of `lead`.
     """
-    turns = iter([lead])
-    errors: list[BaseException] = []
+    team: dict[str, int] = {}
 
-    def work(_: Any = None) -> None:
+    def work() -> None:
+        me = threading.get_ident()
         try:
-            next(turns, help_out)()
-        except BaseException as error:
-            errors.append(error)
+            (lead if team.setdefault("leader", me) == me else help_out)()
+        finally:
+            if team.get("leader") == me:
+                dismiss()
 
     _team(work, torch.get_num_threads())
-    if errors:
-        raise errors[0]
 
 
-def _team(work: Callable[..., None], threads: int) -> None:
-    """Call `work` on this and `threads - 1` more threads, and wait for all."""
+def _team(work: Callable[[], None], threads: int) -> None:
+    """Call `work` on this and `threads - 1` more threads, wait for all, and raise the first error of any."""
+    errors: list[BaseException] = []
+    ended: list[int] = []
+
+    def share(_: Any = None) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.append(threading.get_ident())
+
     openmp = _find_openmp()
     if openmp:
-        openmp.GOMP_parallel(_Region(work), None, threads, 0)
+        openmp.GOMP_parallel(_Region(share), None, threads, 0)
     else:
-        helpers = [_threads(threads - 1).submit(work) for _ in range(threads - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+        helpers = [_threads(threads - 1).submit(share) for _ in range(threads - 1)]
+        try:
+            share()
+        finally:
+            for helper in helpers:
+                helper.result()
+    if errors:
+        raise errors[0]
+    if threading.get_ident() not in ended:  # a Ctrl-C before the first line of `share`: ctypes prints it, and goes on
+        raise KeyboardInterrupt
 
 
 def run_here(

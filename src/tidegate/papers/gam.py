@@ -90,6 +90,8 @@ def draw_scaling(panel: Axes, measured: Sequence[Measured]) -> None:
         lengths = [int(label.split()[2]) for label in measured[0].numbers[name] if label.startswith("T = ")]
         panel.plot(lengths, times, "o-", label=f"{name}, slope {measured[0].numbers[name]['slope']:.2f}")
     panel.set(xlabel="tokens", ylabel="forward and backward (ms)", xscale="log", yscale="log")
+    panel.set_xticks(lengths, [f"{length:,}" for length in lengths], minor=False)
+    panel.set_xticks([], minor=True)
     panel.legend(fontsize=8)
 
 

@@ -121,7 +121,7 @@ def _drop(situation: str) -> Callable[..., float]:
 def draw_digits(panel: Axes, measured: Sequence[Measured]) -> None:
     """Accuracy of every system: the mean, and a dot for each seed."""
     _bars(panel, {system: [m.numbers[system]["accuracy"] for m in measured] for system in SYSTEMS})
-    panel.set(ylabel="accuracy, digits held out", ylim=(0.5, 1))
+    panel.set(ylabel="accuracy, digits held out", ylim=(0, 1))
 
 
 def draw_rates(panel: Axes, measured: Sequence[Measured]) -> None:

@@ -20,6 +20,7 @@ from tidegate.state import State
 __all__ = ["Step", "Unsupported", "compile_step"]
 
 _WORTHWHILE = 1 << 22  # multiplications (half a millisecond); below, a second thread comes too late
+ROOM = 8  # addresses of the operands of one row
 
 
 def compile_step(module: nn.Module, batch_size: int = 1) -> Step:
@@ -142,7 +143,7 @@ class Step:
         self._program = program = lowering.run()
         self._static_nodes = lowering.statics
         self._workspace = np.zeros(program.workspace + 64, np.uint8)
-        self._scratch = np.zeros((2, 8), np.int64)
+        self._room = np.zeros(ROOM, np.int64)
         self._counters = np.zeros(1 + 2 * len(program.offered), np.int64)
         self._bases = np.zeros(2 + len(self._static_nodes) + len(self._takes) + len(program.outputs), np.int64)
         self._bases[0] = -(-self._workspace.ctypes.data // 64) * 64
@@ -232,14 +233,22 @@ class Step:
                 raise ValueError(f"x: seen token {wrong}, but the vocabulary has the tokens 0 to {rows - 1}")
         results = [torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in program.outputs]
         self._bases[self._first_input :] = [tensor.data_ptr() for tensor in (*given, *results)]
-        fixed = (self._bases, program.code, program.offered, self._counters, self._scratch)
+        fixed = (self._bases, program.code, program.offered, self._counters)
         if program.work >= _WORTHWHILE and torch.get_num_threads() > 1:
             self._counters[:] = 0
-            together(lambda: machine.execute(*fixed, 1), lambda: machine.help_out(*fixed))
+            together(
+                lambda: machine.execute(*fixed, self._room, 1),
+                lambda: machine.help_out(*fixed, np.zeros(ROOM, np.int64)),
+                self._dismiss,
+            )
         else:
-            machine.execute(*fixed, 0)
+            machine.execute(*fixed, self._room, 0)
         new = iter(results[1:])
         return results[0], self._template.map(lambda _: next(new))
+
+    def _dismiss(self) -> None:
+        """Let those who help see the end, as `execute` does: it may not have begun."""
+        self._counters[0] = len(self._program.offered) + 1
 
 
 def _owner(module: nn.Module, name: str) -> dict[str, Any]:

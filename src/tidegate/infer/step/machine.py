@@ -330,13 +330,13 @@ def _addresses(bases, row, at):
 
 
 @jit_views
-def execute(bases, code, offered, counters, scratch, shared):
+def execute(bases, code, offered, counters, at, shared):
     """The whole program. `shared`: products are offered to other threads, who are in `help_out`.
 
     `offered` holds the rows of these products. counters[0] is how many have been offered so far, counters[1 + 2 j] and
     counters[2 + 2 j] how many pieces of product j are taken and done. A piece is done by whoever takes its number.
+    `at` is room for the addresses of one row, for each thread its own.
     """
-    at = scratch[0]
     for line in range(code.shape[0]):
         row = code[line]
         _addresses(bases, row, at)
@@ -369,9 +369,8 @@ def execute(bases, code, offered, counters, scratch, shared):
 
 
 @jit_views
-def help_out(bases, code, offered, counters, scratch):
-    """What the other threads do until the program ends: take pieces of the product on offer."""
-    at = scratch[1]
+def help_out(bases, code, offered, counters, at):
+    """What the other threads do until the program ends: take pieces of the product on offer. `at`: as in `execute`."""
     seen, waited = 0, 0
     while True:
         now = _look(counters, 0)

@@ -126,13 +126,11 @@ def _run(
         return
     board, (memory,), help_out = team.board(), kernels.memory(scratch), getattr(compiled(key), f"help_{name}")
 
-    def lead() -> None:
-        try:
-            kernel(0, 1, memory, board, *arguments)
-        finally:
-            team.close(board)
-
-    kernels.together(lead, lambda: help_out(board, memory, *shared))
+    kernels.together(
+        lambda: kernel(0, 1, memory, board, *arguments),
+        lambda: help_out(board, memory, *shared),
+        lambda: team.close(board),
+    )
 
 
 @torch.library.custom_op("tidegate::cell", mutates_args=(), device_types="cpu")
