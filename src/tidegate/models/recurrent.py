@@ -147,7 +147,8 @@ class RNN(nn.Module):
         wanted = [(len(self.layers), *empty[name].shape) for name in names]
         spec, seen = cell.state_spec(), [tuple(part.shape) for part in parts]
         grown = [  # as wanted, but for the length of a state that grows
-            tuple(n if w == 0 and grows(spec[name]) else w for n, w in zip(given, shape, strict=False)) + shape[len(given) :]
+            tuple(n if w == 0 and grows(spec[name]) else w for n, w in zip(given, shape, strict=False))
+            + shape[len(given) :]
             for name, given, shape in zip(names, seen, wanted, strict=False)
         ]
         if seen != grown + wanted[len(grown) :]:

@@ -80,7 +80,7 @@ PAPER = Paper(
     "their size; for all systems, 40 calls and one call differ by at most 1e-4.",
     experiments=(
         Experiment(
-            name="T1 to T4",
+            name="three families",
             about=f"{NET} {TASKS}",
             measure=families,
             checks=(
@@ -135,8 +135,9 @@ PAPER = Paper(
     notes=f"The survey has no experiment of its own. {CHOSEN} RWKV-7 stands where the survey has RWKV-4, which is not "
     "among the mixers here; it decides by the input what it keeps, which RWKV-4 does not, and so does HGRN. So nothing "
     "is claimed of the recurrent family on T3 and T4. GSS and H3 gate what a time-invariant state space model gives; "
-    "of the gating family only Mamba is selective and stands for it on these two. GAU is attention, with a state that "
-    "grows; Mega is not among the mixers. What this paper and s4-survey both ask for was trained once, in one process "
-    "that ran both; alone it takes longer. The survey's own tables (Long Range Arena, ImageNet, forecasting) are not "
-    "tried here.",
+    "of the gating family only Mamba is selective and stands for it on these two. H3 has a structural one inside, "
+    "which is why it remembers signals. GAU is attention, with a state that grows; as it is by default, with squared "
+    "ReLU, it leaves no plateau in these steps. Mega is not among the mixers. What this paper and s4-survey both ask "
+    "for was trained once, in one process that ran both; alone it takes longer. The survey's own tables (Long Range "
+    "Arena, ImageNet, forecasting) are not tried here.",
 )

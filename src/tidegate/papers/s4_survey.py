@@ -105,7 +105,7 @@ PAPER = Paper(
             draw=draw_table,
         ),
         Experiment(
-            name="T2 to T5",
+            name="selection and recall",
             about="The systems that the claim names.",
             measure=selection_and_recall,
             checks=(
@@ -139,7 +139,7 @@ PAPER = Paper(
         table(
             SYSTEMS,
             "What the claim names has three seeds above; 16 keys were for some only.",
-            dict.fromkeys((S4D, HYBRID, ATTENTION), ("T5, 16 keys",)),
+            dict.fromkeys((S4D, MAMBA, HYBRID, ATTENTION), ("T5, 16 keys",)),
         ),
         Experiment(
             name="T6: cost",
@@ -182,10 +182,11 @@ PAPER = Paper(
         ),
     ),
     notes="The survey has no experiment of its own; these tasks are the ones that its systems were told apart by. "
-    f"{CHOSEN} The hybrid is Jamba's in small: a Mamba with norms inside, then attention without positions, a dense "
-    "MLP after each and no experts. That it is above Mamba is claimed of the mean, not of every task. The attention of "
-    "the table has rotary positions. Patience was to be longer (1,500 steps for T3, 2,000 for T5, and 1,000 for Mamba "
-    "and attention alone with 16 keys) and was cut to fit the time. A system that misses a task here may learn it with "
-    "more steps or another rate, and one seed of a table is one seed. The survey's language, speech and vision models "
-    "are not trained here.",
+    f"{CHOSEN} The hybrid has 0.94 on 16 keys with seed 1 after 500 steps of 3e-3, tried after the run, too. It is "
+    "Jamba's in small: a Mamba with norms inside, then attention without positions, a dense MLP after each and no "
+    "experts. That it is above Mamba is claimed of the mean, not of every task. The attention of the table has rotary "
+    "positions. Patience was to be longer (1,500 steps for T3, 2,000 for T5, and 1,000 for Mamba and attention alone "
+    "with 16 keys) and was cut to fit the time. A system that misses a task here may learn it with more steps or "
+    "another rate, and one seed of a table is one seed. The survey's language, speech and vision models are not "
+    "trained here.",
 )
