@@ -134,6 +134,16 @@ def test_every_weight_matters(subject: Subject):
     assert not dead, f"without effect: {', '.join(dead)}"
 
 
+def test_an_empty_batch(subject: Subject):
+    mixer = subject.build(torch.float32)
+    x = subject.input(1, 133, torch.float32)[:0].requires_grad_()
+    y, state = mixer(x)
+    assert y.shape == x.shape
+    assert all(len(leaf) == 0 for leaf in state.tensors().values())
+    y.sum().backward()
+    assert x.grad is not None
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 def test_errors_name_the_argument(subject: Subject):
     mixer = subject.build(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -125,6 +126,13 @@ def test_every_paper_is_named():
     page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
     for slug, paper in papers().items():
         assert f"| `{slug}` | [{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}) |" in page
+
+
+def test_verdicts_are_those_of_the_reports():
+    page = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| \[([\w-]+)\]\(papers/\1/results\.md\) \| ([a-z ]+) \|", page, re.M))
+    records = (ROOT / "docs" / "papers").glob("*/results.json")
+    assert told == {path.parent.name: json.loads(path.read_text())["verdict"] for path in records}
 
 
 def test_the_named_recipes_exist():

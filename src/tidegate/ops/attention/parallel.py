@@ -128,7 +128,7 @@ def _windowed(
     if time <= window:
         sizes = [time]
     else:
-        count, group = time // window, max(1, _GROUP // (window * batch))
+        count, group = time // window, max(1, _GROUP // (window * max(1, batch)))
         sizes = [window, *(min(group, count - n) * window for n in range(1, count, group)), time % window]
         sizes = [size for size in sizes if size]
     queries, keys, values, places = (x.split(sizes, dim=1) for x in (q, k, v, place))
@@ -164,7 +164,7 @@ def _windowed(
 
         mask = Sees(order[:, window:], order, window) if regular else Sees(blocks(places[n]), pairs(places), window)
         o = _attend(blocks(queries[n]), pairs(keys), pairs(values), mask, rule)
-        pieces.append(o.unflatten(0, (batch, -1)).flatten(1, 2))
+        pieces.append(o.unflatten(0, (batch, size // window)).flatten(1, 2))
     return torch.cat(pieces, dim=1)
 
 
