@@ -82,9 +82,10 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines += [f"**Claim.** {record['claim']}", "", f"**Threshold.** {record['threshold']}", ""]
     lines += [f"**Verdict.** {verdict}", "", "![What was measured](results.png)", ""]
     for experiment in record["experiments"]:
-        lines += [f"## {experiment['name'].capitalize()}", "", experiment["about"], ""]
+        name = experiment["name"]
+        lines += [f"## {name[:1].upper()}{name[1:]}", "", experiment["about"], ""]
         lines += [*_numbers(experiment), ""]
-        lines += [] if record["smoke"] else [*_checks(experiment), ""]
+        lines += [] if record["smoke"] or not experiment["checks"] else [*_checks(experiment), ""]
     if record["notes"]:
         lines += ["## Notes", "", record["notes"], ""]
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
@@ -104,12 +105,14 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits.
+    """Three significant digits, of large numbers all before the point.
 
-    >>> number(0.123456), number(41.26), number(None)
-    ('0.123', '41.3', 'not finite')
+    >>> number(0.123456), number(41.26), number(197184.0), number(None)
+    ('0.123', '41.3', '197,184', 'not finite')
     """
-    return "not finite" if value is None else f"{value:.3g}"
+    if value is None:
+        return "not finite"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 def _numbers(experiment: Mapping[str, Any]) -> list[str]:
@@ -127,7 +130,8 @@ def _numbers(experiment: Mapping[str, Any]) -> list[str]:
 
 
 def _range(values: Sequence[float]) -> str:
-    return f" ({number(min(values))} to {number(max(values))})"
+    low, high = number(min(values)), number(max(values))
+    return f" ({low} to {high})" if low != high else ""
 
 
 def _checks(experiment: Mapping[str, Any]) -> list[str]:
