@@ -339,3 +339,9 @@ def test_bad_options_are_named(name, options, message):
 def test_a_mask_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"active: seen shape \(2, 4\)"):
         boat()(BOAT.input(2, 5), active=torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("window", [1, 5, 40, None])
+def test_an_empty_batch(window):
+    y, _ = mixers.build("gated-attention-unit", 32, window=window)(torch.zeros(0, 40, 32))
+    assert y.shape == (0, 40, 32)

@@ -484,3 +484,10 @@ def test_parameters_of_gam_are_the_papers():
 def test_bad_options_of_gam(options, message):
     with pytest.raises(ValueError, match=message):
         mixers.build("gam", D, **options)
+
+
+@pytest.mark.parametrize("inner", MEMORY_RULES)
+def test_an_empty_batch(inner):
+    y, state = mixers.build("mom", 12, inner=inner, num_memories=3, **HEADS)(torch.zeros(0, 5, 12))
+    assert y.shape == (0, 5, 12)
+    assert len(state["memory"]) == 0

@@ -656,7 +656,8 @@ def test_arguments_are_checked():
         (r"segments: ", dict(segments=Segments.packed([[4]]))),
         (r"gradient_clip: seen 0, wanted more than 0", dict(gradient_clip=0)),
         (r"gradient_clip: seen nan", dict(gradient_clip=float("nan"))),
-        (r"truncate: seen 0, wanted at least 1", dict(truncate=0)),
+        (r"truncate: seen 0, wanted a whole number of tokens", dict(truncate=0)),
+        (r"truncate: seen 2.5, wanted a whole number of tokens", dict(truncate=2.5)),
     ):
         call: dict[str, Any] = dict(inputs=inputs, matrices=matrices, vectors=vectors, state=state)
         with pytest.raises(ValueError, match=rf"^{said}"):

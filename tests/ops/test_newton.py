@@ -172,3 +172,10 @@ def test_block_scan(size, reverse, form):
     for t in reversed(range(37)) if reverse else range(37):
         x = torch.einsum("bskd,bkd->bsd", A[:, t].double(), x) + b[:, t]
         torch.testing.assert_close(found[:, t].double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_batch():
+    cell = Cell("h = tanh(W @ x + U @ h)", "h")
+    y, state = cell(torch.zeros(0, 3, 1, 4), torch.randn(1, 1, 4, 4), method="newton")
+    assert y.shape == (0, 3, 4)
+    assert state.shape == (0, 1, 4)

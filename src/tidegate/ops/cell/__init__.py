@@ -171,8 +171,8 @@ class Cell:
             raise ValueError(f"state: seen shape {tuple(state.shape)}, wanted {wanted} for {', '.join(self.states)}")
         if clip is not None and not clip > 0:
             raise ValueError(f"gradient_clip: seen {clip}, wanted more than 0, or None")
-        if truncate is not None and truncate < 1:
-            raise ValueError(f"truncate: seen {truncate}, wanted at least 1 token, or None")
+        if truncate is not None and (truncate < 1 or truncate != int(truncate)):
+            raise ValueError(f"truncate: seen {truncate}, wanted a whole number of tokens, at least 1, or None")
         if method not in (None, "sequential", "newton"):
             raise ValueError(f"method: seen {method!r}, wanted 'sequential', 'newton' or None for the one that suits")
         if method == "newton" and clip:

@@ -222,6 +222,8 @@ def run(
     cut: int,
 ) -> tuple[Tensor, Tensor] | None:
     """As `reference.run`; None where the iterations do not converge, which a loop over time is the answer to."""
+    if not inputs.numel():  # of nothing, no largest residual
+        return None
     solution = solve(cell, inputs, matrices, vectors, state, segments)
     if not solution.converged:
         return None
