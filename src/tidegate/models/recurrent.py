@@ -32,6 +32,7 @@ class RNN(nn.Module):
     - A `PackedSequence` is taken and given back; `segments` (B, T) says the same and more: documents in a row.
     - `hx` is a tensor for a cell of one state, else a tuple in the order of the cell's states (h and c for "lstm"),
       each (num_layers * directions, B, ...), the reversed direction after each layer's own.
+      In half precision the states that come out are float32, as every state of the library.
     - `RNN.from_torch(module)` and `rnn.to_torch()` copy weights, bit by bit.
 
     Raises ValueError for sizes and shapes that do not fit together.
@@ -153,7 +154,9 @@ class RNN(nn.Module):
         ]
         if seen != grown + wanted[len(grown) :]:
             raise ValueError(
-                f"hx: seen {', '.join(str(tuple(part.shape)) for part in parts)}, wanted {', '.join(names)} of shape "
+                f"hx: seen {'a tuple of ' if isinstance(hx, tuple | list) else ''}"
+                f"{', '.join(str(tuple(part.shape)) for part in parts)}, wanted "
+                f"{'a tuple of ' if len(names) > 1 else ''}{', '.join(names)} of shape "
                 f"{', '.join(map(str, wanted))}: (num_layers * directions, batch, ...)"
             )
         return [
