@@ -99,6 +99,7 @@ BROKEN = {
     "test_no_weight_decay_names_parameters": (toy.NamesNoParameter,),
     "test_copies_pickles_and_state_dicts": (toy.NotPicklable, toy.HidesState),
     "test_every_weight_matters": (toy.DeadWeight,),
+    "test_an_empty_batch": (toy.WantsARow,),
     "test_errors_name_the_argument": (toy.ChecksNothing,),
     "test_a_call_does_not_write_to_its_input": (toy.WritesToInput,),
     "test_the_initial_state_is_zero_and_new": (toy.StartsFromOnes,),
