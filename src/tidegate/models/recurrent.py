@@ -187,19 +187,7 @@ class RNN(nn.Module):
         if module.proj_size:
             raise ValueError("module: has a proj_size; its state is the projection, ours is what is projected")
         options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if name == "elman" else {}
-        weight: Any = module.weight_ih_l0
-        rnn = cls(
-            name,
-            module.input_size,
-            module.hidden_size,
-            module.num_layers,
-            batch_first=module.batch_first,
-            dropout=module.dropout,
-            bidirectional=module.bidirectional,
-            device=weight.device,
-            dtype=weight.dtype,
-            **options,
-        )
+        rnn = cls(name, **_arguments(module, module.weight_ih_l0), **options)
         with torch.no_grad():
             for layer, names in rnn._torch_names():
                 for own, theirs in names.items():
@@ -220,18 +208,7 @@ class RNN(nn.Module):
         if self.cell not in _TORCH or own or self.variational:
             seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
             raise ValueError(f"cell: PyTorch has no {', '.join(seen)}; it has lstm, gru and elman as they are")
-        weight = layer.weight_ih
-        module = _TORCH[self.cell](
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            device=weight.device,
-            dtype=weight.dtype,
-            **given,
-        )
+        module = _TORCH[self.cell](**_arguments(self, layer.weight_ih), **given)
         with torch.no_grad():
             for layer, names in self._torch_names():
                 for mine, theirs in names.items():
@@ -248,6 +225,12 @@ class RNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.cell!r}, {self.input_size}, {self.hidden_size}, num_layers={self.num_layers}"
+
+
+def _arguments(network: Any, weight: Any) -> dict[str, Any]:
+    """What a network is built from, by the names that PyTorch's modules and `RNN` have for it."""
+    names = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional")
+    return {**{name: getattr(network, name) for name in names}, "device": weight.device, "dtype": weight.dtype}
 
 
 def _place(name: str, index: int, layers: int) -> dict[str, int]:
