@@ -195,9 +195,9 @@ def solve(
 ) -> Solution:
     """The states of all tokens; arguments as `Cell.__call__`'s. It starts from f(0, x_t).
 
-    The tolerance is by default 64 times the dtype's rounding; a residual that small is mostly rounding.
+    The tolerance is by default 16 times the dtype's rounding; a residual that small is mostly rounding.
     """
-    tolerance = 64 * torch.finfo(inputs.dtype).eps if tolerance is None else tolerance
+    tolerance = 16 * torch.finfo(inputs.dtype).eps if tolerance is None else tolerance
     sequence = _Sequence(cell, inputs, matrices, vectors, segments, 0)
     states = sequence.step(torch.zeros_like(state)[:, None].expand(-1, inputs.shape[1], -1, -1))[1]
     for iterations in range(max_iterations + 1):
@@ -283,7 +283,7 @@ class _Solved(torch.autograd.Function):
             blocks = sequence.linearised(before)[1].transpose(2, 3)
             blocks = torch.where(sequence.through[..., None], blocks, 0)
             following = torch.cat([blocks[:, 1:], torch.zeros_like(blocks[:, :1])], 1)
-        flow, accuracy = torch.zeros_like(states), 64 * torch.finfo(states.dtype).eps
+        flow, accuracy = torch.zeros_like(states), 8 * torch.finfo(states.dtype).eps
         # Once for blocks that are the whole Jacobian; with matrices each round makes at least one more token exact.
         for _ in range(states.shape[1] + 1):
             gradients = pulled(flow)
