@@ -21,10 +21,7 @@ def run(name, cell, x, *state):
 def blocks(cell):
     """W and b of every gate, and every U with zeros between its heads."""
     gates, matrices = len(cell.bias_ih) // cell.width, len(cell.weight_hh) // cell.width
-    U = [
-        torch.block_diag(*own.chunk(cell.num_heads)) if cell.weight_hr is None else own @ cell.weight_hr
-        for own in cell.weight_hh.chunk(matrices)
-    ]
+    U = [torch.block_diag(*own.chunk(cell.num_heads)) for own in cell.weight_hh.chunk(matrices)]
     return cell.weight_ih.chunk(gates), cell.bias_ih.chunk(gates), U
 
 
@@ -115,7 +112,8 @@ def lstm(cell):
         if cell.layer_norm:
             read = p["gain"] * normalised(c.unflatten(-1, (cell.num_heads, -1))).flatten(-2) + p["shift"]
         h = o * (tanh(read) if cell.output_activation else read)
-        return (h if cell.weight_hr is None else h @ cell.weight_hr.T), h, c
+        h = h if cell.weight_hr is None else h @ cell.weight_hr.T
+        return h, h, c
 
     return (step,)
 

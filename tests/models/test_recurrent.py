@@ -10,6 +10,7 @@ from tidegate import RNN, Segments, registry
 
 KINDS = {
     "lstm": lambda **o: nn.LSTM(5, 8, **o),
+    "projected": lambda **o: nn.LSTM(5, 8, proj_size=3, **o),
     "gru": lambda **o: nn.GRU(5, 8, **o),
     "tanh": lambda **o: nn.RNN(5, 8, **o),
     "relu": lambda **o: nn.RNN(5, 8, nonlinearity="relu", **o),
@@ -29,8 +30,8 @@ def close(a, b, **options):
 def first_state(module, batch):
     """A first state for a module of PyTorch's."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    h = torch.randn(rows, batch, 8, dtype=torch.float64)
-    return (h, torch.randn_like(h)) if isinstance(module, nn.LSTM) else h
+    h = torch.randn(rows, batch, module.proj_size or 8, dtype=torch.float64)
+    return (h, torch.randn(rows, batch, 8, dtype=torch.float64)) if isinstance(module, nn.LSTM) else h
 
 
 @pytest.mark.parametrize("options", SHAPES, ids=str)
@@ -91,9 +92,10 @@ def test_weights_there_and_back_are_the_same_bits(kind):
     assert back.dropout == 0.25
 
 
-def test_gradients_reach_everything():
+@pytest.mark.parametrize("projection", [{}, {"proj_size": 3}])
+def test_gradients_reach_everything(projection):
     torch.manual_seed(0)
-    theirs = nn.LSTM(5, 8, num_layers=2, bidirectional=True, dtype=torch.float64)
+    theirs = nn.LSTM(5, 8, num_layers=2, bidirectional=True, dtype=torch.float64, **projection)
     ours = RNN.from_torch(theirs)
     x = torch.randn(6, 2, 5, dtype=torch.float64)
     for module in (theirs, ours):
@@ -190,7 +192,8 @@ def test_errors():
         (lambda: RNN("lstm", 5, 8, peepholes=True), "no option 'peepholes', did you mean 'peephole'"),
         (lambda: RNN("bidirectional", 5, 8), "cell: 'bidirectional' cannot be read from left to right"),
         (lambda: RNN.from_torch(nn.Linear(2, 2)), "module: seen Linear, wanted torch.nn.LSTM, GRU or RNN"),
-        (lambda: RNN.from_torch(nn.LSTM(5, 8, proj_size=3)), "module: has a proj_size"),
+        (lambda: RNN("lstm", 5, 8, proj_size=8), "proj_size: seen 8, wanted less than hidden_size = 8, or 0 for none"),
+        (lambda: RNN("gru", 5, 8, proj_size=4), "proj_size: seen 4, but 'gru' has no projection"),
         (lambda: RNN("lstm", 5, 8, peephole=True).to_torch(), "cell: PyTorch has no lstm, peephole=True"),
         (lambda: RNN("mgu", 5, 8).to_torch(), "cell: PyTorch has no mgu"),
         (

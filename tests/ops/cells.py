@@ -113,6 +113,24 @@ def loop(
     return torch.stack(outputs, 1), torch.stack(states, 1)
 
 
+def arguments(cell: Cell, batch=2, time=5, heads=1, dim=6) -> list[Tensor]:
+    """inputs, matrices, vectors, state: numbers of float32, in float64. States are those of a cell that has begun."""
+    width = dim // heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape).double()
+
+    inputs, state = normal(batch, time, len(cell.inputs), dim), normal(batch, len(cell.states), dim)
+    if "n" in cell.states:  # sLSTM's normaliser
+        state[:, cell.states.index("n")] = 1 + torch.rand(batch, dim).double()
+    return [
+        inputs,
+        normal(len(cell.matrices), heads, width, width) * width**-0.5,
+        normal(len(cell.vectors), dim),
+        state,
+    ]
+
+
 # -- the kernels as Python, on float64 arrays --------------------------------------------------------------------------
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import tidegate
 from tests.contract.helpers import assert_near
-from tests.ops.cells import blocks, interpreted, loop, python_step
+from tests.ops.cells import arguments, blocks, interpreted, loop, python_step
 from tidegate import Segments, mixers
 from tidegate.ops.cell import Cell, numba_cpu
 
@@ -125,24 +124,6 @@ def literal(name):
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
-def arguments(cell: Cell, batch=2, time=5, heads=1, dim=6) -> list[Tensor]:
-    """inputs, matrices, vectors, state: numbers of float32, in float64. States are those of a cell that has begun."""
-    width = dim // heads
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape).double()
-
-    inputs, state = normal(batch, time, len(cell.inputs), dim), normal(batch, len(cell.states), dim)
-    if "n" in cell.states:  # sLSTM's normaliser
-        state[:, cell.states.index("n")] = 1 + torch.rand(batch, dim).double()
-    return [
-        inputs,
-        normal(len(cell.matrices), heads, width, width) * width**-0.5,
-        normal(len(cell.vectors), dim),
-        state,
-    ]
-
-
 def results(function, given: list[Tensor], dtype=torch.float64) -> dict[str, Tensor]:
     """y, the last state, and all gradients of one random combination of both."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in given]
@@ -174,10 +155,10 @@ def kernel(cell, given, segments=None, **options):
         return results(lambda *leaves: cell(*leaves, segments=segments, **options), given, torch.float32)
 
 
-def uncompiled(cell, given, segments=None, clip=0.0, cut=0):
+def uncompiled(cell, given, segments=None, clip=0.0, cut=0, narrow=0):
     codes = None if segments is None else segments.codes()
     with interpreted():
-        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut)[:2], given)
+        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut, narrow)[:2], given)
 
 
 # -- equality ----------------------------------------------------------------------------------------------------------
@@ -235,6 +216,57 @@ def test_channels_that_never_meet_are_taken_apart(dim):
         given = arguments(cell, 9, 3, 1, dim)
         wanted = results(lambda *leaves, s=segments: loop(literal("indrnn"), *leaves, s), given)
         assert_near(kernel(cell, given, segments), wanted, KERNEL_TOLERANCE, f"{dim} channels")
+
+
+def test_projected_states_have_fewer_channels():
+    """As if the rest of their matrices were zero, which nobody computes with."""
+    cell = mixers.build("lstm", 3, hidden_size=4, output_activation=False).cell
+    assert cell.projected == ("h",)
+    for batch, time, dim, narrow in ((2, 3, 6, 4), (9, 4, 20, 17), (1, 2, 3, 1), (3, 2, 5, 5)):
+        inside = torch.ones(5, 1, dim, dim)
+        inside[-1, :, narrow:] = 0  # R gives that many channels
+        inside[:-1, :, :, narrow:] = 0  # U_i, U_f, U_g, U_o take them
+        for segments in layouts(batch, time):
+            inputs, matrices, vectors, state = arguments(cell, batch, time, 1, dim)
+            state[:, 0, narrow:] = 0
+            given = [inputs, matrices * inside, vectors, state]
+            wanted = results(lambda *x, s=segments: loop(python_step(cell), *x, s), given)
+            wanted["d matrices"] = wanted["d matrices"] * inside
+            for name in ("y", "state", "d inputs"):
+                assert wanted[name].isfinite().all(), name
+            hidden = torch.cat([torch.arange(dim) < narrow, torch.ones(dim, dtype=torch.bool)]).unflatten(0, (2, dim))
+
+            def seen(found, hidden=hidden):
+                """The gradient of what a projected state does not have is left open."""
+                return {**found, "d state": torch.where(hidden, found["d state"], 0)}
+
+            def run(*x, s=segments, narrow=narrow):
+                return cell(*x, segments=s, projected_dim=narrow)
+
+            assert_near(seen(results(run, given)), seen(wanted), 1e-9, "the operator and the text")
+            assert_near(
+                seen(uncompiled(cell, given, segments, narrow=narrow)), seen(wanted), 1e-9, "uncompiled kernels"
+            )
+            with tidegate.backend("numba"):
+                found = results(run, given, torch.float32)
+            assert_near(seen(found), seen(wanted), KERNEL_TOLERANCE, "kernels")
+
+
+@pytest.mark.parametrize(
+    ("text", "states", "projected"),
+    [
+        ("c = tanh(W @ x + U @ h)\nh = R @ c", "h c", ("h",)),
+        ("c = tanh(W @ x + U @ h)\nh = R @ c\nc = c + V @ h", "h c", ("h",)),
+        ("c = tanh(W @ x + U @ h)\nh = R @ c\ny = h + c", "h c", ()),
+        ("c = tanh(W @ x + U @ h)\nr = R @ c\nh = r\nc = c * r", "h c", ()),
+        ("c = tanh(W @ x + h)\nh = R @ c", "h c", ()),
+        ("h = R @ tanh(W @ x + mean(h))", "h", ()),
+        ("h = R @ tanh(W @ x + U @ h)", "h", ("h",)),
+        ("c = tanh(W @ x + U @ h + V @ k)\nh = R @ c\nk = Q @ c", "h k c", ("h", "k")),
+    ],
+)
+def test_which_states_are_projected(text, states, projected):
+    assert Cell(text, states).projected == projected
 
 
 def test_splits_hand_the_state_on():
@@ -371,11 +403,23 @@ def test_the_operators_are_sound():
     for segments in list(layouts(2, 4))[::3]:
         codes = None if segments is None else segments.codes()
         given = [x.float().requires_grad_() for x in arguments(cell, 2, 4, 2, 4)]
-        torch.library.opcheck(numba_cpu._forward_op, (cell.key, *given, codes, 0.0, 0))
-        y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0)
+        torch.library.opcheck(numba_cpu._forward_op, (cell.key, *given, codes, 0.0, 0, 0))
+        y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0, 0)
         inputs, matrices, vectors, _ = (x.detach() for x in given)
         saved = [x.detach() for x in saved]
-        back = (cell.key, inputs, matrices, vectors, codes, 0.0, 0, *saved, torch.ones_like(y), torch.ones_like(last))
+        back = (
+            cell.key,
+            inputs,
+            matrices,
+            vectors,
+            codes,
+            0.0,
+            0,
+            0,
+            *saved,
+            torch.ones_like(y),
+            torch.ones_like(last),
+        )
         torch.library.opcheck(numba_cpu._backward_op, [x.detach() if isinstance(x, Tensor) else x for x in back])
 
 
@@ -553,112 +597,3 @@ def test_any_cell_equals_its_text(program, seed):
     found = results(lambda *x: cell(*x, segments=segments), given)
     assert_near(found, wanted, 1e-9, "the operator and the text")
     assert_near(uncompiled(cell, given, segments), wanted, 1e-9, "uncompiled kernels and the text")
-
-
-# -- mistakes ----------------------------------------------------------------------------------------------------------
-MISTAKES = [  # the equations, what is said, and what the marks stand under
-    ("h = tanh(W @ x", "line 1 does not read", None),
-    ("h = W @ x\n\nh = h h", "line 3 does not read", "h"),
-    ("h = x; c = h", "more than one equation", None),
-    ("h + x", "line 1 is no equation", "h + x"),
-    ("h = c = x", "line 1 is no equation", "h = c = x"),
-    ("h, c = x", "one name", "h, c"),
-    ("tanh = h + x", "'tanh' has a meaning already", "tanh"),
-    ("h = W @ x\nW = h", "'W' has a meaning already", "W"),
-    ("h = b * x\nb = h", "'b' has a meaning already", "b"),
-    ("x = h", "'x' has a meaning already", "x"),
-    ("a_ = x\nh = a_", "names do not end in '_'", "a_"),
-    ("h = x * a_", "names do not end in '_'", "a_"),
-    ("h = 3", "the same number at all times", "3"),
-    ("h = U @ 2 + x", "differs between them", "2"),
-    ("k = 2\nh = U @ k + x", "differs between them", "k"),
-    ("h = mean(2) + x", "differs between them", "2"),
-    ("h = 'a' + x", "wanted numbers, names", "'a'"),
-    ("h = True + x", "wanted numbers, names", "True"),
-    ("h = 1e999 * x", "wanted numbers, names", "1e999"),
-    ("h = x.y", "wanted numbers, names", "x.y"),
-    ("h = tanh * x", "'tanh' is a function", "tanh"),
-    ("h = W @ x + W", "'W' is a matrix", "W"),
-    ("h = x * y", "'y', the output", "y"),
-    ("h = x ** 9", "a whole power from 2 to 8", "9"),
-    ("h = x ** h", "a whole power from 2 to 8", "h"),
-    ("h = x / 0", "division by zero", "0"),
-    ("h = x % 2", "wanted + - * /", "x % 2"),
-    ("h = x * U @ h", "wanted a * (U @ h)", "x * U"),
-    ("h = tanh(h) @ x", "the left side of @", "tanh(h)"),
-    ("h = h @ x", "'h' is a quantity already", "h"),
-    ("h = b + b @ x", "'b' is a vector already", "b"),
-    ("h = U @ h + U @ x", "'U' is applied to a state elsewhere", "U @ x"),
-    ("h = U @ x + U @ h", "'U' is applied to x elsewhere", "U @ h"),
-    ("h = U @ h + U @ tanh(h)", "'U' is applied to something else", "U @ tanh(h)"),
-    ("h = tanh(a=x)", "a call such as tanh(a)", "tanh(a=x)"),
-    ("h = x.tanh()", "a call such as tanh(a)", "x.tanh()"),
-    ("h = mean()", "mean takes at least one", "mean()"),
-    ("h = tahn(x)", "no function 'tahn', did you mean 'tanh'?", "tahn"),
-    ("h = tanh(x, h)", "tanh takes 1 argument, seen 2", "tanh(x, h)"),
-    ("h = maximum(x)", "maximum takes 2 arguments, seen 1", "maximum(x)"),
-    ("h = log(-1) * x", "no such number", "log(-1)"),
-    ("h = where(x, h, 2)", "with one comparison", "where(x, h, 2)"),
-    ("h = where(x < h < 2, h, 2)", "with one comparison", "where(x < h < 2, h, 2)"),
-    ("h = where(x == h, h, 2)", "one of < <= > >=", "x == h"),
-    ("β = x\nh = tanh(β * h + f(β))", "there is no function 'f'", "f"),
-]
-
-
-@pytest.mark.parametrize(("text", "message", "marked"), MISTAKES)
-def test_mistakes_are_quoted_and_marked(text, message, marked):
-    with pytest.raises(ValueError, match=r"^equations: ") as error:
-        Cell(text, "h")
-    said, line, marks = str(error.value).split("\n")
-    assert message in said
-    assert line.strip() in [part.strip() for part in text.splitlines()]
-    if marked is not None:
-        assert line[marks.index("^") : marks.index("^") + marks.count("^")] == marked
-
-
-def test_mistakes_of_the_whole():
-    for text, states, message in (
-        ("h = x", "", "states: seen none"),
-        ("h = x", "h h", "states: seen 'h' twice"),
-        ("h = x", "h 2", "states: seen '2', wanted names"),
-        ("h = x", "h lambda", "states: seen 'lambda', wanted names"),
-        ("h = x", "h x", "states: 'x' has a meaning"),
-        ("h = x", "h tanh", "states: 'tanh' has a meaning"),
-        ("h = x", "h c", "none gives a new 'c'"),
-        ("h = x + c", "h c", "none gives a new 'c'"),
-        ("a = tanh(h)\nh = x", "h", "nothing depends on this\n  a = tanh(h)\n  ^"),
-        ("h = x + 0 * b", "h", "'b' cancels out"),
-        ("h = x + 0 * (W @ x)", "h", "'W' cancels out"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            Cell(text, states)
-
-
-def test_arguments_are_checked():
-    cell = CELLS["peephole"][0]
-    inputs, matrices, vectors, state = arguments(cell, 2, 3, 2, 4)
-    for said, wrong in (
-        (r"inputs: seen shape \(3, 4, 4\), wanted \(batch, time >= 1, 4, dim\) for W_i, W_f", dict(inputs=inputs[0])),
-        (r"inputs: seen shape \(2, 0, 4, 4\)", dict(inputs=inputs[:, :0])),
-        (r"inputs: seen shape \(2, 3, 3, 4\)", dict(inputs=inputs[:, :, :3])),
-        (r"inputs: seen torch.int64, wanted real numbers", dict(inputs=inputs.long())),
-        (r"inputs: seen torch.complex128, wanted real numbers", dict(inputs=inputs.to(torch.complex128))),
-        (r"matrices: seen shape \(0, 1, 4, 4\), wanted \(4, heads, d, d\) for U_i, U_f, U_", dict(matrices=None)),
-        (r"matrices: seen shape \(3, 2, 2, 2\)", dict(matrices=matrices[:3])),
-        (
-            r"matrices: seen shape \(4, 1, 2, 2\), wanted blocks of \(d, d\) with heads \* d = 4",
-            dict(matrices=matrices[:, :1]),
-        ),
-        (r"matrices: seen shape \(4, 2, 2, 1\), wanted blocks", dict(matrices=matrices[..., :1])),
-        (r"vectors: seen shape \(0, 4\), wanted \(3, 4\) for p_i, p_f, p_o", dict(vectors=None)),
-        (r"vectors: seen shape \(3, 3\)", dict(vectors=vectors[:, :3])),
-        (r"state: seen shape \(1, 2, 4\), wanted \(2, 2, 4\) for h, c", dict(state=state[:1])),
-        (r"segments: ", dict(segments=Segments.packed([[4]]))),
-        (r"gradient_clip: seen 0, wanted more than 0", dict(gradient_clip=0)),
-        (r"gradient_clip: seen nan", dict(gradient_clip=float("nan"))),
-        (r"truncate: seen 0, wanted a whole number of tokens", dict(truncate=0)),
-        (r"truncate: seen 2.5, wanted a whole number of tokens", dict(truncate=2.5)),
-    ):
-        call: dict[str, Any] = dict(inputs=inputs, matrices=matrices, vectors=vectors, state=state)
-        with pytest.raises(ValueError, match=rf"^{said}"):
-            cell(**{**call, **wrong})

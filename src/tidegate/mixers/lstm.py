@@ -36,8 +36,8 @@ class LSTM(CellMixer):
     - `peephole` adds p_i * c_{t-1}, p_f * c_{t-1} and p_o * c_t inside of the gates. `coupled` has no input gate of its
       own, i = 1 - f (then the order is f, g, o). `layer_norm` normalises U h over all gates of a head, with a gain, and
       c_t inside of the last tanh, with gain and shift.
-    - `hidden_size` > dim makes the cell that wide and projects it, y_t = W_r h_t; U then reads y_{t-1}. That is
-      torch.nn.LSTM(dim, hidden_size, proj_size=dim), `weight_hr` included; the state keeps h, from before W_r.
+    - `hidden_size` > dim makes the cell that wide and projects it, h_t = W_r (o * tanh(c_t)), which is what U reads.
+      That is torch.nn.LSTM(dim, hidden_size, proj_size=dim), `weight_hr` included.
     - What an LSTM can do without, one by one: `input_gate`, `forget_gate` and `output_gate` = False set i, f or o to 1
       (no forget gate is the cell of 1997); `input_activation` and `output_activation` = False leave out the first or
       the last tanh. Their parameters are gone.
@@ -48,7 +48,7 @@ class LSTM(CellMixer):
 
     Source: Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; peepholes Gers & Schmidhuber 2000; coupled
     gates and the ablations arXiv 1503.04069; projection 1402.1128; layer norm 1607.06450; heads 2412.07752; chrono
-    initialisation 1804.11188. Shapes: x, y (B, T, dim). State: h (hidden_size or dim), c (as h).
+    initialisation 1804.11188. Shapes: x, y (B, T, dim). State: h (dim), c (hidden_size or dim).
     """
 
     def __init__(
@@ -127,4 +127,5 @@ class LSTM(CellMixer):
             lines += ["d = c - mean(c)"]
             read = f"gain * d / sqrt(mean(d ** 2) + {EPS}) + shift"
         read = f"tanh({read})" if self.output_activation else f"({read})"
-        return "\n".join([*lines, f"h = o * {read}" if there["o"] else f"h = {read}"])
+        out = f"o * {read}" if there["o"] else read
+        return "\n".join([*lines, f"h = {out}" if self.hidden_size is None else f"h = R @ ({out})"])

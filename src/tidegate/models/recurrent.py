@@ -27,6 +27,7 @@ class RNN(nn.Module):
 
     - `cell` is the name of a mixer, "lstm", "gru", "elman", "slstm" ... or of any other that streams; `options` are its
       own. A cell takes `input_size` by its input weights; other mixers get a linear map in front where it differs.
+    - `proj_size` P > 0 makes outputs and the state h that narrow, as in torch.nn.LSTM (arXiv 1402.1128).
     - `dropout` is between layers. With `variational=True` one mask serves all tokens of a sequence (arXiv 1512.05287).
     - `batch_first=False`, as in PyTorch, means (T, B, ...) for input and output; (T, ...) without batch is taken, too.
     - A `PackedSequence` is taken and given back; `segments` (B, T) says the same and more: documents in a row.
@@ -36,7 +37,7 @@ class RNN(nn.Module):
     - `RNN.from_torch(module)` and `rnn.to_torch()` copy weights, bit by bit.
 
     Raises ValueError for sizes and shapes that do not fit together.
-    Shapes: input (T, B, input_size), output (T, B, directions * hidden_size).
+    Shapes: input (T, B, input_size), output (T, B, directions * (proj_size or hidden_size)).
 
     >>> import torch
     >>> rnn = RNN("gru", 5, 8, num_layers=2, bidirectional=True)
@@ -56,6 +57,7 @@ class RNN(nn.Module):
         dropout: float = 0.0,
         variational: bool = False,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
@@ -68,15 +70,24 @@ class RNN(nn.Module):
             raise ValueError(f"dropout: seen {dropout}, wanted a share from 0 to below 1")
         if not registry.info(cell).streams:
             raise ValueError(f"cell: {cell!r} cannot be read from left to right; see `tidegate list`")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(
+                f"proj_size: seen {proj_size}, wanted less than hidden_size = {hidden_size}, or 0 for none"
+            )
+        if proj_size:
+            if "hidden_size" not in registry.info(cell).options:
+                raise ValueError(f"proj_size: seen {proj_size}, but {cell!r} has no projection; 'lstm' has")
+            options = {**options, "hidden_size": hidden_size}
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.batch_first, self.dropout, self.variational = batch_first, dropout, variational
-        self.bidirectional, self.options = bidirectional, options
+        self.bidirectional, self.proj_size, self.options = bidirectional, proj_size, options
         self.directions = 2 if bidirectional else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        widths = [input_size] + [self.directions * hidden_size] * (num_layers - 1)
+        dim = proj_size or hidden_size
+        widths = [input_size] + [self.directions * dim] * (num_layers - 1)
         # In PyTorch's order: layer by layer, the reversed direction after its layer's own.
         self.layers = nn.ModuleList(
-            _layer(cell, width, hidden_size, {**_place(cell, index, num_layers), **options}, factory)
+            _layer(cell, width, dim, {**_place(cell, index, num_layers), **options}, factory)
             for index, width in enumerate(widths)
             for _ in range(self.directions)
         )
@@ -175,7 +186,7 @@ class RNN(nn.Module):
     def from_torch(cls, module: nn.LSTM | nn.GRU | nn.RNN) -> RNN:
         """The same network, with copies of its weights; a module without biases gives biases of zero.
 
-        Raises ValueError for another module, and for an LSTM with `proj_size`, whose state is not ours.
+        Raises ValueError for another module.
 
         >>> theirs = torch.nn.LSTM(4, 6)
         >>> x = torch.randn(5, 2, 4)
@@ -184,8 +195,6 @@ class RNN(nn.Module):
         name = next((name for name, kind in _TORCH.items() if type(module) is kind), None)
         if name is None:
             raise ValueError(f"module: seen {type(module).__name__}, wanted torch.nn.LSTM, GRU or RNN")
-        if module.proj_size:
-            raise ValueError("module: has a proj_size; its state is the projection, ours is what is projected")
         options: dict[str, Any] = {"nonlinearity": module.nonlinearity} if name == "elman" else {}
         rnn = cls(name, **_arguments(module, module.weight_ih_l0), **options)
         with torch.no_grad():
@@ -201,9 +210,10 @@ class RNN(nn.Module):
         Raises ValueError for a cell or an option that PyTorch does not have.
         """
         layer: Any = _mixer(self.layers[0])
-        plain: Any = registry.build(self.cell, self.hidden_size)
-        starts = ("forget_bias", "chrono_length", "recurrent_init")  # how weights begin is no part of the network
-        own = {k: v for k, v in layer.config().items() if k not in starts and v != plain.config()[k]}
+        plain: Any = registry.build(self.cell, layer.dim)
+        # How weights begin is no part of the network, and PyTorch has the projection.
+        left_out = ("forget_bias", "chrono_length", "recurrent_init", "hidden_size")
+        own = {k: v for k, v in layer.config().items() if k not in left_out and v != plain.config()[k]}
         given: dict[str, Any] = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
         if self.cell not in _TORCH or own or self.variational:
             seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
@@ -220,7 +230,8 @@ class RNN(nn.Module):
         found = []
         for index, layer in enumerate(self.layers):
             suffix = f"_l{index // self.directions}" + ("_reverse" if index % self.directions else "")
-            found.append((layer, {k: k + suffix for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}))
+            names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", *["weight_hr"] * bool(self.proj_size)]
+            found.append((layer, {name: name + suffix for name in names}))
         return found
 
     def extra_repr(self) -> str:
@@ -229,7 +240,8 @@ class RNN(nn.Module):
 
 def _arguments(network: Any, weight: Any) -> dict[str, Any]:
     """What a network is built from, by the names that PyTorch's modules and `RNN` have for it."""
-    names = ("input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional")
+    names = ["input_size", "hidden_size", "num_layers", "batch_first", "dropout", "bidirectional"]
+    names += ["proj_size"] * bool(network.proj_size)  # torch.nn.RNN and GRU do not take it
     return {**{name: getattr(network, name) for name in names}, "device": weight.device, "dtype": weight.dtype}
 
 

@@ -34,6 +34,7 @@ class CellLayer(Mixer):
         vectors: Tensor | None,
         state: State,
         segments: Segments | None,
+        projected_dim: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The cell's outputs and its states, by their names, from those in `state`; shapes as in `Cell`."""
         y, after = self.cell(
@@ -45,6 +46,7 @@ class CellLayer(Mixer):
             gradient_clip=self.gradient_clip,
             truncate=self.truncate,
             method=self.method,
+            projected_dim=projected_dim,
         )
         return y, dict(zip(self.cell.states, after.unbind(1), strict=True))
 
@@ -57,10 +59,10 @@ class CellMixer(CellLayer):
     `weight_hh` (M * dim, dim / num_heads), block-diagonal, the block of a head in its rows; `bias_hh`, a second bias
     for each recurrent product, where the cell has it from PyTorch; `vectors` (V, dim).
 
-    With `width` the cell is that wide, not dim, and everyone, itself included, reads it through a projection
-    `weight_hr` (dim, width): `weight_hh` is then (M * width, dim), and its product with the projection the cell's U.
+    With `width` the cell is that wide, not dim, but for its projected state, a product with its last matrix R: that is
+    `weight_hr` (dim, width), and the others, `weight_hh`, are (width, dim) each.
 
-    State: every state of the cell (dim, or width).
+    State: every state of the cell (dim, or width where it is not projected).
     """
 
     num_heads: int
@@ -83,7 +85,8 @@ class CellMixer(CellLayer):
             raise ValueError(f"num_heads: seen {num_heads}, wanted a divisor of dim = {self.dim}")
         self.cell, self.num_heads, self.width = cell, num_heads, width or self.dim
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        gates, matrices = sum(name != "x" for name in cell.inputs) * self.width, len(cell.matrices) * self.width
+        gates = sum(name != "x" for name in cell.inputs) * self.width
+        matrices = (len(cell.matrices) - bool(width)) * self.width
         self.weight_ih = nn.Parameter(torch.empty(gates, self.dim, **factory))
         self.bias_ih = nn.Parameter(torch.empty(gates, **factory))
         self.weight_hh = nn.Parameter(torch.empty(matrices, self.dim // num_heads, **factory)) if matrices else None
@@ -123,7 +126,8 @@ class CellMixer(CellLayer):
         return (self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh), self.vectors
 
     def state_spec(self) -> dict[str, Any]:
-        return {name: (self.width,) for name in self.cell.states}
+        narrow = self.cell.projected if self.weight_hr is not None else ()
+        return {name: (self.dim if name in narrow else self.width,) for name in self.cell.states}
 
     def _matrices(self) -> Tensor | None:
         """The recurrent matrices by head, (M, H, d, d)."""
@@ -131,7 +135,9 @@ class CellMixer(CellLayer):
             return None
         if self.weight_hr is None:
             return self.weight_hh.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
-        return (self.weight_hh @ self.weight_hr).unflatten(0, (-1, 1, self.width))
+        others = functional.pad(self.weight_hh, (0, self.width - self.dim)).unflatten(0, (-1, self.width))
+        projection = functional.pad(self.weight_hr, (0, 0, 0, self.width - self.dim))
+        return torch.cat([others, projection[None]])[:, None]
 
     def forward(
         self, x: Tensor, state: State | None = None, *, segments: Segments | None = None
@@ -156,8 +162,12 @@ class CellMixer(CellLayer):
         inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.width))
         if "x" in self.cell.inputs:
             inputs = torch.cat([inputs, x.unsqueeze(2)], 2)
-        y, after = self.over_time(inputs, self._matrices(), vectors, state, segments)
-        return (y if self.weight_hr is None else functional.linear(y, self.weight_hr)), State(after)
+        if self.weight_hr is None:
+            y, after = self.over_time(inputs, self._matrices(), vectors, state, segments)
+            return y, State(after)
+        full = state.map(lambda x: functional.pad(x, (0, self.width - x.shape[-1])))
+        y, after = self.over_time(inputs, self._matrices(), vectors, full, segments, self.dim)
+        return y[..., : self.dim], State({name: x[:, : state[name].shape[-1]] for name, x in after.items()})
 
 
 def check_chrono(length: int | None) -> None:

@@ -40,6 +40,9 @@ class Cell:
     gradients; the kernels are compiled by Numba at their first call and kept on disk), and whatever the state contract
     asks for: any split, documents, padding.
 
+    A state that is nothing but a product and that only products take, as `h = R @ (o * tanh(c))` where the gates take
+    U @ h, is projected: it may have fewer channels than the rest (`projected_dim`).
+
     `y, state = cell(inputs, matrices, vectors, state)` with `inputs` (B, T, G, D), the products with x in the order of
     `cell.inputs`; `matrices` (M, H, d, d), each (out, in), as in `cell.matrices`, d = D / H; `vectors` (V, D), as in
     `cell.vectors`; `state` (B, S, D), as in `cell.states`, zeros without. y (B, T, D).
@@ -61,6 +64,7 @@ class Cell:
         self.key = hashlib.sha256(repr((self.equations, self.states)).encode()).hexdigest()[:16]
         self.program: Program = read(self.equations, self.states)  # mistakes are found where the cell is written
         self.inputs, self.matrices, self.vectors = self.program.inputs, self.program.matrices, self.program.vectors
+        self.projected = tuple(s for s in self.states if self.program.old(s) in self.program.projected)
         self.step: Callable[..., Any] = compile_step(torch_step(self.program))  # one token in PyTorch: see `source`
         _cells[self.key] = self
 
@@ -92,6 +96,7 @@ class Cell:
         gradient_clip: float | None = None,
         truncate: int | None = None,
         method: str | None = None,
+        projected_dim: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the cell over a sequence; see the class.
 
@@ -102,8 +107,12 @@ class Cell:
         tokens at once (see `tidegate.ops.cell.newton`), with the same result; where the iterations do not converge,
         the sequential method takes over. By default, "newton" is for cells without recurrent matrices where no kernels
         are: on other devices than the CPU.
+
+        `projected_dim` is how many channels projected states have, at most d, with one head. The shapes stay: rows and
+        columns of matrices, and channels of states and y, that lie beyond are zero and are not computed with.
         """
         matrices, vectors, state = self._check(inputs, matrices, vectors, state, gradient_clip, truncate, method)
+        narrow = self._narrow(projected_dim, matrices)
         wide = state.dtype
         inputs_wide = zero_padding(inputs, segments).to(wide)
         clip, cut = float(gradient_clip or 0.0), truncate or 0
@@ -118,8 +127,23 @@ class Cell:
             from tidegate.ops.cell.numba_cpu import run
         else:
             from tidegate.ops.cell.reference import run
-        y, state = run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, clip, cut)
+        y, state = run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, clip, cut, narrow)
         return y.to(inputs.dtype), state
+
+    def _narrow(self, projected_dim: int | None, matrices: Tensor) -> int:
+        """The channels that projected states have; 0: as many as others."""
+        heads, width = matrices.shape[1], matrices.shape[3]
+        if projected_dim is None:
+            return 0
+        if not self.projected:
+            raise ValueError(
+                "projected_dim: this cell has no state that is a product and goes into products only, h = R @ ..."
+            )
+        if heads != 1 or not 1 <= projected_dim <= width:
+            raise ValueError(
+                f"projected_dim: seen {projected_dim} for {heads} heads of {width}, wanted one head and 1 to {width}"
+            )
+        return projected_dim
 
     def _suits_newton(self, inputs: Tensor, clip: float) -> bool:
         """Whether all tokens at once are worth a try: how often one has to is known only when numbers are there."""

@@ -39,11 +39,15 @@ def kept(program: Program) -> tuple[Symbol, ...]:
 
 
 def products(program: Program) -> list[list[Product]]:
-    """The products in groups of one operand, by level: each group is one matrix multiplication."""
-    groups: dict[tuple[int, Symbol], list[Product]] = {}
+    """The products in groups of one operand, by level: each group is one matrix multiplication.
+
+    One that may have fewer channels is a group of its own.
+    """
+    groups: dict[tuple[int, Symbol, Symbol | None], list[Product]] = {}
     for step in program.steps:
         if isinstance(step, Product):
-            groups.setdefault((step.level, step.operand), []).append(step)
+            alone = step.symbol if step.symbol in program.projected else None
+            groups.setdefault((step.level, step.operand, alone), []).append(step)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 

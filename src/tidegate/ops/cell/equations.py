@@ -13,6 +13,7 @@ import keyword
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import sympy
 from sympy import Expr, Symbol
@@ -71,6 +72,22 @@ class Program:
     def old(self, state: str) -> Symbol:
         """The symbol of a state before the step."""
         return Symbol(state)
+
+    @cached_property
+    def projected(self) -> frozenset[Symbol]:
+        """States, old and new, that are a product and go into products only, with those products: `h = R @ ...`.
+
+        They can have fewer channels than the rest, since no channel of theirs meets one of another quantity.
+        """
+        found: set[Symbol] = set()
+        made = {step.symbol: step.expression for step in self.steps if isinstance(step, Let)}
+        products = {step.symbol for step in self.steps if isinstance(step, Product)}
+        taken = [s for step in self.steps if not isinstance(step, Product) for s in sources(step)]
+        for state, new in zip(self.states, self.new, strict=True):
+            product = made[new]
+            if product in products and taken.count(product) == 1 and not {new, self.old(state)} & {*taken}:
+                found |= {self.old(state), new, product}
+        return frozenset(found)
 
 
 def read(text: str, states: Sequence[str]) -> Program:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tidegate.cache import cache_folder
 from tidegate.ops import kernels
 from tidegate.ops.cell import Cell, find, loops, reference, team
+from tidegate.ops.cell.equations import Product
 from tidegate.ops.cell.loops import PANEL
 from tidegate.segments import Segments
 from tidegate.state import write_atomically
@@ -41,10 +42,11 @@ def run(
     segments: Segments | None,
     clip: float,
     cut: int,
+    narrow: int = 0,
 ) -> tuple[Tensor, Tensor]:
     codes = None if segments is None else segments.codes()
     tensors = (tensor.float() for tensor in (inputs, matrices, vectors, state))
-    y, last = _call(cell.key, *tensors, codes, clip, cut)[:2]
+    y, last = _call(cell.key, *tensors, codes, clip, cut, narrow)[:2]
     return y, last.to(state.dtype)
 
 
@@ -94,12 +96,17 @@ def _packed(matrices: Tensor, transposed: bool) -> Tensor:
     return padded.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-def _weights(cell: Cell, matrices: Tensor, transposed: bool) -> list[np.ndarray]:
-    order = {name: m for m, name in enumerate(cell.matrices)}
-    return [
-        kernels.flat(_packed(matrices[[order[product.matrix] for product in group]], transposed))
-        for group in cell.kernels.groups
-    ]
+def _places(cell: Cell, group: list[Product], narrow: int) -> tuple[list[int], slice, slice]:
+    """Of a group's matrices: their numbers, and the rows and columns of a head that are not left out."""
+    projected, order = cell.program.projected, {name: m for m, name in enumerate(cell.matrices)}
+    rows = slice(narrow or None if group[0].symbol in projected else None)
+    columns = slice(narrow or None if group[0].operand in projected else None)
+    return [order[product.matrix] for product in group], rows, columns
+
+
+def _weights(cell: Cell, matrices: Tensor, narrow: int, transposed: bool) -> list[np.ndarray]:
+    places = [_places(cell, group, narrow) for group in cell.kernels.groups]
+    return [kernels.flat(_packed(matrices[own][:, :, rows, columns], transposed)) for own, rows, columns in places]
 
 
 def _sizes(cell: Cell, inputs: Tensor, matrices: Tensor) -> tuple[int, int, int, int]:
@@ -143,6 +150,7 @@ def _forward_op(
     codes: Tensor | None,
     clip: float,
     cut: int,
+    narrow: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, last, and what backward needs: old, p, e, mu."""
     cell = find(key)
@@ -151,12 +159,12 @@ def _forward_op(
     empty = torch.zeros if codes is not None else torch.empty  # passes leave out padding
     y, e = empty(B, T, D), empty(B, T, size["E"], D)
     last, old = torch.empty(B, size["S"], D), torch.empty(B, T, size["S"], D)
-    p, mu = torch.empty(B, T, H, size["M"], d), torch.empty(T, H, size["Q"], B)
+    p, mu = (torch.zeros if narrow else torch.empty)(B, T, H, size["M"], d), torch.empty(T, H, size["Q"], B)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
     given = (kernels.flat(inputs), kernels.flat(vectors), kernels.flat(state), flags)
     results = tuple(x.numpy().reshape(-1) for x in (y, last, old, p, e, mu))
-    weights = _weights(cell, matrices, transposed=False)
-    arguments = (R, B, T, H, d, *given, *weights, *results)
+    weights = _weights(cell, matrices, narrow, transposed=False)
+    arguments = (R, B, T, H, d, narrow or d, *given, *weights, *results)
     shared = (results[3], results[4], *weights)  # p and e
     _run(key, "forward", -(-B // R) * H, arguments, shared, size["S"] * R * kernels.pad(d) + 1)
     return y, last, old, p, e, mu
@@ -171,6 +179,7 @@ def _backward_op(
     codes: Tensor | None,
     clip: float,
     cut: int,
+    narrow: int,
     old: Tensor,
     p: Tensor,
     e: Tensor,
@@ -187,14 +196,15 @@ def _backward_op(
     dx, dp, dstate = empty(B, T, size["G"], D), empty(B, T, H, size["M"], d), torch.empty(B, size["S"], D)
     dv = torch.empty(problems, size["V"], d)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
-    given = [kernels.flat(inputs), kernels.flat(vectors), flags, *_weights(cell, matrices, transposed=True)]
-    given += [kernels.flat(tensor) for tensor in (old, p, e, mu, dy, dlast)]
+    given = [kernels.flat(inputs), kernels.flat(vectors), flags]
+    weights = _weights(cell, matrices, narrow, transposed=True)
+    given += [*weights, *(kernels.flat(tensor) for tensor in (old, p, e, mu, dy, dlast))]
     results = tuple(x.numpy().reshape(-1) for x in (dx, dp, dv, dstate))
     scratch = (2 * size["S"] + size["E"]) * R * w + (size["Q"] + 1) * R + size["V"] * w + 1
-    arguments = (R, B, T, H, d, np.float32(clip), cut, *given, *results)
-    _run(key, "backward", problems, arguments, (results[1], *given[3 : 3 + len(code.groups)]), scratch)
+    arguments = (R, B, T, H, d, narrow or d, np.float32(clip), cut, *given, *results)
+    _run(key, "backward", problems, arguments, (results[1], *weights), scratch)
     # 1. Matrices: one product over all tokens for each operand.
-    dmatrices, place = torch.empty(matrices.shape), {name: m for m, name in enumerate(cell.matrices)}
+    dmatrices = (torch.zeros if narrow else torch.empty)(matrices.shape)
     flows = dp.flatten(0, 1).movedim(1, 0)  # (H, B T, M, d)
     first = 0
     for group in code.groups:
@@ -203,10 +213,11 @@ def _backward_op(
             if group[0].operand in code.kept
             else old[:, :, cell.states.index(str(group[0].operand))]
         )
-        taken = operand.reshape(B * T, H, d).movedim(1, 0)
-        flow = flows[:, :, first : first + len(group)].flatten(2)
-        found = torch.bmm(flow.transpose(1, 2), taken).unflatten(1, (len(group), d))
-        dmatrices[[place[product.matrix] for product in group]] = found.movedim(1, 0)
+        own, rows, columns = _places(cell, group, narrow)
+        taken = operand.reshape(B * T, H, d).movedim(1, 0)[:, :, columns]
+        flow = flows[:, :, first : first + len(group), rows].flatten(2)
+        found = torch.bmm(flow.transpose(1, 2), taken).unflatten(1, (len(group), -1))
+        dmatrices[own, :, rows, columns] = found.movedim(1, 0)
         first += len(group)
     # 2. Inputs and vectors whose gradient is a product's.
     memory = {product.matrix: m for m, product in enumerate(code.matrices)}
@@ -221,7 +232,7 @@ def _backward_op(
 
 
 @_forward_op.register_fake
-def _(key, inputs, matrices, vectors, state, codes, clip, cut):
+def _(key, inputs, matrices, vectors, state, codes, clip, cut, narrow):
     cell = find(key)
     B, T, H, d = _sizes(cell, inputs, matrices)
     size, D, new = cell.kernels.sizes, H * d, inputs.new_empty
@@ -230,7 +241,7 @@ def _(key, inputs, matrices, vectors, state, codes, clip, cut):
 
 
 @_backward_op.register_fake
-def _(key, inputs, matrices, vectors, codes, clip, cut, old, p, e, mu, dy, dlast):
+def _(key, inputs, matrices, vectors, codes, clip, cut, narrow, old, p, e, mu, dy, dlast):
     return (
         inputs.new_empty(inputs.shape),
         matrices.new_empty(matrices.shape),
@@ -243,7 +254,7 @@ _call_backward = kernels.direct(_backward_op)
 
 
 def _setup(ctx, inputs, output):
-    ctx.key, *tensors, codes, ctx.clip, ctx.cut = inputs
+    ctx.key, *tensors, codes, ctx.clip, ctx.cut, ctx.narrow = inputs
     ctx.save_for_backward(*tensors, codes, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -254,15 +265,16 @@ def _formula(ctx, dy, dlast, *_):
     dy = inputs.new_zeros(inputs.shape[0], inputs.shape[1], inputs.shape[3]) if dy is None else dy
     dlast = torch.zeros_like(state) if dlast is None else dlast
     if not torch.is_grad_enabled():
-        found = _call_backward(ctx.key, inputs, matrices, vectors, codes, ctx.clip, ctx.cut, *saved, dy, dlast)
-        return (None, *found, None, None, None)
+        how = ctx.clip, ctx.cut, ctx.narrow
+        found = _call_backward(ctx.key, inputs, matrices, vectors, codes, *how, *saved, dy, dlast)
+        return (None, *found, None, None, None, None)
     segments = None if codes is None else Segments(codes == 1, codes != 2)
 
     def form(x: Tensor, matrices: Tensor, vectors: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-        return reference.run(find(ctx.key), x, matrices, vectors, state, segments, ctx.clip, ctx.cut)
+        return reference.run(find(ctx.key), x, matrices, vectors, state, segments, ctx.clip, ctx.cut, ctx.narrow)
 
     found = kernels.differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
-    return (None, *found, None, None, None)
+    return (None, *found, None, None, None, None)
 
 
 _forward_op.register_autograd(_formula, setup_context=_setup)

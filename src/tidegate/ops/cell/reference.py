@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tidegate.ops.cell.equations import Product
 from tidegate.ops.loop import over_time
 from tidegate.segments import Segments
 
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
 
 def product(matrix: Tensor, operand: Tensor) -> Tensor:
-    """(H, d_out, d_in) on (B, H, d_in)."""
-    if matrix.shape[0] == 1:
-        return functional.linear(operand[:, 0], matrix[0])[:, None]
-    return torch.einsum("hij,bhj->bhi", matrix, operand)
+    """(H, d_out, d_in) on (B, H, d), of which d_in count; filled up to d with zeros."""
+    missing = operand.shape[-1] - matrix.shape[1]
+    if matrix.shape[2] < operand.shape[-1]:
+        operand = operand[..., : matrix.shape[2]]
+    if matrix.shape[0] > 1:
+        return torch.einsum("hij,bhj->bhi", matrix, operand)
+    y = functional.linear(operand[:, 0], matrix[0])[:, None]
+    return functional.pad(y, (0, missing)) if missing else y
 
 
 def mean(*quantities: Tensor) -> Tensor:
@@ -72,10 +77,14 @@ def run(
     segments: Segments | None,
     clip: float,
     cut: int,
+    narrow: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """As `Cell.__call__` after its checks. `clip` and `cut` are about gradients and act where they flow back."""
+    """As `Cell.__call__` after its checks. `clip` and `cut` are about gradients and act where they flow back.
+
+    A projected state has `narrow` channels, or with 0 as many as the others.
+    """
     heads, batch = matrices.shape[1] if cell.matrices else 1, inputs.shape[0]
-    scales = vectors.unflatten(-1, (heads, -1))
+    scales, used = vectors.unflatten(-1, (heads, -1)), _used(cell, matrices, narrow)
 
     def step(carry: tuple[Tensor, ...], now: Tensor, *flags: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         (kept,) = carry  # (B, S, H, d)
@@ -86,7 +95,7 @@ def run(
         if flags:
             before = torch.where(flags[0][:, None, None, None], 0, before)
         # Unbound in here: a traced loop may not hold two views of one tensor.
-        output, new = cell.step(now.unbind(1), matrices.unbind(0), scales.unbind(0), before.unbind(1))
+        output, new = cell.step(now.unbind(1), used, scales.unbind(0), before.unbind(1))
         after = new[0][:, None] if len(cell.states) == 1 else torch.stack(new, 1)
         if flags:
             real = flags[1][:, None, None]
@@ -98,6 +107,19 @@ def run(
         flags = (torch.arange(inputs.shape[1], device=inputs.device).expand(batch, -1), *flags)
     (last,), y = over_time(step, (state.unflatten(-1, (heads, -1)),), (inputs.unflatten(-1, (heads, -1)), *flags))
     return y.flatten(-2), last.flatten(-2)
+
+
+def _used(cell: Cell, matrices: Tensor, narrow: int) -> tuple[Tensor, ...]:
+    """Every matrix without the rows and columns that belong to no channel of a projected state."""
+    found = dict(zip(cell.matrices, matrices.unbind(0), strict=True))
+    if narrow:
+        projected = cell.program.projected
+        for step in cell.program.steps:
+            if isinstance(step, Product):
+                matrix = found[step.matrix]
+                matrix = matrix[:, :narrow] if step.symbol in projected else matrix
+                found[step.matrix] = matrix[:, :, :narrow] if step.operand in projected else matrix
+    return tuple(found.values())
 
 
 class _Gate(torch.autograd.Function):

@@ -162,8 +162,8 @@ class Kernels:
                     operand = f"e, {after('at_e', k, 'D')}, row_e"
                 else:
                     operand = f"scratch, {times(self._state(group[0].operand), 'R * w')}, w"
-                product = f"p, {after('at_p', first, 'd')}, row_p, {operand}, u{g}, head, d"
-                text += f"            multiply(board, {g}, rows, {times(len(group), 'd')}, {product}, False)\n"
+                product = f"p, {after('at_p', first, 'd')}, row_p, {operand}, u{g}, head, {self._taken(group)}"
+                text += f"            multiply(board, {g}, rows, {self._given(group)}, {product}, False)\n"
             first += len(group)
         done = derivatives.forward(program, level)
         if not done.results:
@@ -188,6 +188,14 @@ class Kernels:
         if symbol in self.kept:
             targets.append(self.places[symbol])
         return targets
+
+    def _taken(self, group: list[Product]) -> str:
+        """The channels of a head that a group's products take."""
+        return "narrow" if group[0].operand in self.program.projected else "d"
+
+    def _given(self, group: list[Product]) -> str:
+        """The channels of a head that they give."""
+        return "narrow" if group[0].symbol in self.program.projected else times(len(group), "d")
 
     def _state(self, symbol: Symbol) -> int:
         return self.program.states.index(str(symbol))
@@ -222,8 +230,8 @@ class Kernels:
             )
             operand = f"dp, {after('at_p', first, 'd')}, row_p"
             text += (
-                f"            multiply(board, {g}, rows, d, scratch, {base}, w, {operand}, "
-                f"u{g}, head, {times(len(group), 'd')}, {target in self.written})\n"
+                f"            multiply(board, {g}, rows, {self._taken(group)}, scratch, {base}, w, {operand}, "
+                f"u{g}, head, {self._given(group)}, {target in self.written})\n"
             )
             self.written.add(target)
         return text

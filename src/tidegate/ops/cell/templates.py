@@ -1,6 +1,7 @@
 """The text of a cell's kernels around its passes: the loops over time, the same for every cell but for its numbers.
 
 Upper case stands for how many a cell has: G inputs, M products, V vectors, S states, E kept quantities, Q means.
+`narrow` are the channels of projected states (see Program.projected), else d.
 """
 
 HEAD = '''"""Kernels of a cell, written by tidegate.ops.cell from these equations:
@@ -18,7 +19,7 @@ from tidegate.ops.passes import elementwise, exp, log, sigmoid, softplus, sqrt, 
 '''
 
 FORWARD = """@jit_views
-def forward(begin, end, scratch, board, R, B, T, H, d, x, v, state, codes, {weights}y, last, old, p, e, mu):
+def forward(begin, end, scratch, board, R, B, T, H, d, narrow, x, v, state, codes, {weights}y, last, old, p, e, mu):
     D, w, masked = H * d, pad(d), codes.shape[0] > 0
     for problem in range(begin, end):
         head, b = problem % H, problem // H * R
@@ -35,7 +36,7 @@ def forward(begin, end, scratch, board, R, B, T, H, d, x, v, state, codes, {weig
 
 BACKWARD = """@jit_views
 def backward(
-    begin, end, scratch, board, R, B, T, H, d, clip, cut, x, v, codes, {weights}
+    begin, end, scratch, board, R, B, T, H, d, narrow, clip, cut, x, v, codes, {weights}
     old, p, e, mu, dy, dlast, dx, dp, dv, dstate
 ):
     D, w, masked = H * d, pad(d), codes.shape[0] > 0
@@ -47,6 +48,8 @@ def backward(
         rows = min(R, B - b)
         load_states({S}, rows, R, d, w, D, dlast, b * {SD} + head * d, {SD}, scratch)
         clear(scratch, sums, {V} * w)
+        if narrow < d:  # what products leave alone of a gradient stays zero
+            clear(scratch, before, {S} * R * w)
         for t in range(T - 1, -1, -1):
 {places}{steps}            finish_step({S}, rows, R, w, codes, b * T + t, T, cut > 0 and t % cut == 0, clip, scratch)
         store_states({S}, rows, R, d, w, D, scratch, dstate, b * {SD} + head * d, {SD})
