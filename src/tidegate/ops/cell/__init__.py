@@ -123,7 +123,8 @@ class Cell:
             solved = newton.run(self, inputs_wide, matrices.to(wide), vectors.to(wide), state, segments, cut)
             if solved is not None:
                 return solved[0].to(inputs.dtype), solved[1]
-        if form == "numba" and inputs.shape[0]:
+        # For one token alone, packing the matrices costs the kernels more than the product does.
+        if form == "numba" and inputs.shape[0] and inputs.shape[1] > 1:
             from tidegate.ops.cell.numba_cpu import run
         else:
             from tidegate.ops.cell.reference import run

@@ -1,7 +1,8 @@
 """From a cell's program to passes over its channels, forward and backward.
 
 A pass is elementwise: it loads some quantities, computes, and stores others. Between passes stand the products with
-recurrent matrices and the means. What a product or mean takes is kept in memory; everything else is computed again
+recurrent matrices and the means. What a product or mean takes is kept in memory, and a gate whose derivative follows
+from itself takes the place of the product it came from, which nobody needs then. Everything else is computed again
 where it is needed, which costs less than storing it.
 
 Backward, pass by pass from the last level to the first: every root of a level (a new state, the output, a kept
@@ -10,12 +11,13 @@ quantity) has a gradient by then, which is taken through all elementwise steps d
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import sympy
 from sympy import Expr, Symbol
 
-from tidegate.ops.cell.equations import Let, Mean, Product, Program
+from tidegate.ops.cell.equations import Let, Mean, Product, Program, sources
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,42 @@ def roots(program: Program, level: int) -> list[Symbol]:
     return [symbol for symbol in wanted if by_symbol[symbol].level == level]
 
 
+def in_place(program: Program) -> dict[Symbol, Symbol]:
+    """Elementwise quantities that are stored over a product: i = sigmoid(a + U @ h), for which di = i * (1 - i) * da.
+
+    Such a product goes nowhere else, so that backward neither reads what the quantity was computed from nor computes it
+    again. It has to be of one pass alone: others would not know what is there.
+    """
+    passes = [{let.symbol for let in _closure(program, roots(program, level))} for level in range(program.levels)]
+    memory, curved, uses = set(kept(program)), set[Symbol](), Counter[Symbol]()  # curved: their own slopes need them
+    for step in program.steps:
+        uses.update(sources(step))
+    place = {step.symbol: step.symbol for step in program.steps if isinstance(step, Product)}
+    for step in program.steps:
+        if not isinstance(step, Let) or isinstance(step.expression, Symbol) or step.symbol in memory:
+            continue
+        if sum(step.symbol in lets for lets in passes) != 1:
+            continue
+        needed = {s for slope in _slopes(step).values() for s in slope.free_symbols}
+        free = [s for s in sorted(sources(step), key=str) if s in place and uses[s] == 1 and s not in needed | curved]
+        if free:
+            place[step.symbol] = place.pop(free[0])
+        curved |= {step.symbol} & needed
+    return {symbol: product for symbol, product in place.items() if symbol != product}
+
+
+def _slopes(let: Let) -> dict[Symbol, Expr]:
+    """The derivative by each source, by the quantity itself where it can be."""
+    own = {let.expression: let.symbol}
+    return {s: sympy.diff(let.expression, s).xreplace(own) for s in sorted(let.expression.free_symbols, key=str)}
+
+
 def forward(program: Program, level: int) -> Pass:
-    """The pass that computes the roots of a level."""
+    """The pass that computes the roots of a level, and what is stored in place on the way."""
     here = roots(program, level)
     lets = _closure(program, here)
-    return shared(lets, [(symbol, symbol) for symbol in here])
+    stored = [let.symbol for let in lets if let.symbol in in_place(program)]
+    return shared(lets, [(symbol, symbol) for symbol in dict.fromkeys([*here, *stored])])
 
 
 def backward(program: Program, level: int) -> Pass:
@@ -84,11 +117,11 @@ def backward(program: Program, level: int) -> Pass:
             name = Symbol(f"flow {let.symbol}")
             backwards.append((name, flow))
             flow = name
-        for source in sorted(let.expression.free_symbols, key=str):
-            part = flow * sympy.diff(let.expression, source)
-            flows[source] = flows.get(source, sympy.Integer(0)) + part
+        for source, slope in _slopes(let).items():
+            flows[source] = flows.get(source, sympy.Integer(0)) + flow * slope
     results = [(gradient(s), flow) for s, flow in flows.items() if s not in inside and flow != 0]
-    return shared(lets, results, backwards)
+    there = in_place(program)
+    return shared([let for let in lets if let.symbol not in there], results, backwards)
 
 
 def _closure(program: Program, here: list[Symbol]) -> list[Let]:

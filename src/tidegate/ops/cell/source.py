@@ -59,6 +59,7 @@ class Kernels:
         self.groups = derivatives.products(program)
         self.matrices = [product for group in self.groups for product in group]  # in the order of memory
         self.kept, self.means = derivatives.kept(program), derivatives.means(program)
+        self.in_place = derivatives.in_place(program)
         self.sizes = {
             "S": len(program.states),
             "G": len(program.inputs),
@@ -129,7 +130,7 @@ class Kernels:
             places[gradient(symbol)] = f"(scratch, {after('de', k, 'R * w')} + w_r, w)"
         for q, mean in enumerate(self.means):
             places[mean.symbol] = f"(mu, {after('at_m', q, 'B')} + r)"
-        return places
+        return places | {symbol: places[product] for symbol, product in self.in_place.items()}
 
     def _function(self, name: str, done: Pass, loads: Mapping[Symbol, str], extra: Mapping[str, str] = {}) -> str:
         """Write a pass as a function; gives its call's inputs as text."""
@@ -185,7 +186,7 @@ class Kernels:
         targets = [f"(scratch, {after('w_r', s, 'R * w')}, w)" for s in states]
         if symbol == self.program.output:
             targets.append("(y, y_r, row_y)")
-        if symbol in self.kept:
+        if symbol in self.kept or symbol in self.in_place:
             targets.append(self.places[symbol])
         return targets
 
