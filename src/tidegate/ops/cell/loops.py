@@ -6,7 +6,7 @@ vector.
 
 from __future__ import annotations
 
-from tidegate.ops.kernels import LANES, copy_floats, jit_inside
+from tidegate.ops.kernels import LANES, copy_floats, jit_inside, jit_views
 from tidegate.ops.passes import elementwise
 from tidegate.ops.tiles import WIDTHS, product
 
@@ -37,6 +37,33 @@ def panels(begin, end, rows, columns, o, at_o, row_o, a, at_a, row_a, u, head, i
             _product_added(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
         else:
             _product(rows, n, (o, at_o + c, row_o), (a, at_a, row_a, 1), panel, inner, (), (a, 0, 0))
+
+
+@jit_views
+def pack(begin, end, matrices, own, H, d, outputs, inner, transposed, packed):
+    """Matrices (M, H, d, d) as panels (H, panels, depth, PANEL): all U.T in `own` side by side, or U below each other.
+
+    Of each matrix the first `outputs` rows and `inner` columns count. A problem is a panel of a head; what is no column
+    of its last one is zero.
+    """
+    both = own.shape[0] * outputs
+    columns, depth = (inner, both) if transposed else (both, inner)
+    panels = (columns + PANEL - 1) // PANEL
+    for problem in range(begin, end):
+        head, first, at = problem // panels, problem % panels * PANEL, problem * depth * PANEL
+        there = min(PANEL, columns - first)
+        if there < PANEL:
+            for j in range(at, at + depth * PANEL):
+                packed[j] = 0.0
+        if transposed:
+            for k in range(depth):
+                row = ((own[k // outputs] * H + head) * d + k % outputs) * d
+                copy_floats(matrices, row + first, packed, at + k * PANEL, there)
+        else:
+            for j in range(there):
+                row = ((own[(first + j) // outputs] * H + head) * d + (first + j) % outputs) * d
+                for k in range(depth):
+                    packed[at + k * PANEL + j] = matrices[row + k]
 
 
 @jit_inside

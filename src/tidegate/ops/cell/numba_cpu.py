@@ -28,7 +28,7 @@ from tidegate.cache import cache_folder
 from tidegate.ops import kernels
 from tidegate.ops.cell import Cell, find, loops, reference, team
 from tidegate.ops.cell.equations import Product
-from tidegate.ops.cell.loops import PANEL
+from tidegate.ops.cell.loops import PANEL, pack
 from tidegate.segments import Segments
 from tidegate.state import write_atomically
 
@@ -86,27 +86,27 @@ def _rows(batch: int) -> int:
     return 8 if batch < 32 else 16 if batch < 128 else 32
 
 
-def _packed(matrices: Tensor, transposed: bool) -> Tensor:
-    """(n, H, d_out, d_in) as panels (H, panels, inner, PANEL) of [outputs of all n] or, transposed, of the inputs."""
-    count, heads, out, inner = matrices.shape
-    wide = matrices.permute(1, 0, 2, 3).reshape(heads, count * out, inner)
-    wide = wide if transposed else wide.transpose(1, 2)  # (H, what is summed over, columns)
-    columns = wide.shape[2]
-    padded = torch.nn.functional.pad(wide, (0, -columns % PANEL))
-    return padded.unflatten(2, (-1, PANEL)).transpose(1, 2).contiguous()
-
-
-def _places(cell: Cell, group: list[Product], narrow: int) -> tuple[list[int], slice, slice]:
-    """Of a group's matrices: their numbers, and the rows and columns of a head that are not left out."""
-    projected, order = cell.program.projected, {name: m for m, name in enumerate(cell.matrices)}
-    rows = slice(narrow or None if group[0].symbol in projected else None)
-    columns = slice(narrow or None if group[0].operand in projected else None)
-    return [order[product.matrix] for product in group], rows, columns
-
-
 def _weights(cell: Cell, matrices: Tensor, narrow: int, transposed: bool) -> list[np.ndarray]:
-    places = [_places(cell, group, narrow) for group in cell.kernels.groups]
-    return [kernels.flat(_packed(matrices[own][:, :, rows, columns], transposed)) for own, rows, columns in places]
+    """The matrices of each group of products, packed: for forward, or transposed for backward."""
+    given, (_, H, d, _) = kernels.flat(matrices), matrices.shape
+    return [_packed(given, H, d, *_group(cell, group, narrow, d), transposed) for group in cell.kernels.groups]
+
+
+def _group(cell: Cell, group: list[Product], narrow: int, d: int) -> tuple[np.ndarray, int, int]:
+    """The numbers of a group's matrices, and how many rows and columns they have that are not left out."""
+    projected, numbers = cell.program.projected, [cell.matrices.index(product.matrix) for product in group]
+    rows, columns = (narrow if narrow and end in projected else d for end in (group[0].symbol, group[0].operand))
+    return np.array(numbers), rows, columns
+
+
+def _packed(
+    matrices: np.ndarray, H: int, d: int, own: np.ndarray, rows: int, columns: int, transposed: bool
+) -> np.ndarray:
+    wide, deep = (columns, rows * own.size) if transposed else (rows * own.size, columns)
+    panels = H * -(-wide // PANEL)
+    packed = np.empty(panels * deep * PANEL, matrices.dtype)
+    kernels.run(pack, panels, matrices, own, H, d, rows, columns, transposed, packed)
+    return packed
 
 
 def _sizes(cell: Cell, inputs: Tensor, matrices: Tensor) -> tuple[int, int, int, int]:
@@ -217,11 +217,12 @@ def _backward_op(
             if group[0].operand in code.kept
             else old[:, :, cell.states.index(str(group[0].operand))]
         )
-        own, rows, columns = _places(cell, group, narrow)
-        taken = operand.reshape(B * T, H, d).movedim(1, 0)[:, :, columns]
-        flow = flows[:, :, first : first + len(group), rows].flatten(2)
-        found = torch.bmm(flow.transpose(1, 2), taken).unflatten(1, (len(group), -1))
-        dmatrices[own, :, rows, columns] = found.movedim(1, 0)
+        own, rows, columns = _group(cell, group, narrow, d)
+        taken = operand.reshape(B * T, H, d).movedim(1, 0)[:, :, :columns]
+        flow = flows[:, :, first : first + len(group), :rows].flatten(2)
+        found = torch.bmm(flow.transpose(1, 2), taken).unflatten(1, (len(group), rows))
+        for number, gradient in zip(own, found.unbind(1), strict=True):
+            dmatrices[number, :, :rows, :columns] = gradient
         first += len(group)
     # 2. Inputs and vectors whose gradient is a product's.
     dx = dp.flatten(2, 3) if one else dx
