@@ -39,6 +39,21 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def mapped() -> bool:
+    """Whether this runs inside of torch.vmap or another transform of torch.func."""
+    import torch
+
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def sees_values(tensor: Tensor) -> bool:
+    """Whether what is computed may depend on the numbers in `tensor`: not in traces and transforms, nor without any."""
+    import torch
+
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not (traced or mapped() or tensor.is_meta)
+
+
 def choose(tensor: Tensor, *, worthwhile: int = 0) -> str:
     """The backend for an op whose main input is `tensor`.
 
@@ -50,7 +65,7 @@ def choose(tensor: Tensor, *, worthwhile: int = 0) -> str:
         return _forced
     if torch.compiler.is_exporting():
         return "reference"  # as one scan operator over time (ops/loop.py): plain PyTorch, small, any length
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and mapped():
         return "parallel"  # torch.vmap and torch.func cannot see into a kernel
     if worthwhile and not torch.compiler.is_compiling() and tensor.numel() < worthwhile:
         return "parallel"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tidegate import registry
+from tidegate.backend import sees_values
 from tidegate.models.block import Block
 from tidegate.models.layers import Layers, parse
 from tidegate.nn.parts import RMSNorm
@@ -93,8 +94,7 @@ class Stack(nn.Module):
             if segments.shape != tuple(ids.shape):
                 raise ValueError(f"segments: made for (batch, time) = {segments.shape}, but ids are {tuple(ids.shape)}")
             ids = segments.zero_padding(ids)
-        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if ids.device.type == "cpu" and ids.numel() and not traced:
+        if ids.device.type == "cpu" and ids.numel() and sees_values(ids):
             low, high = (int(end) for end in ids.aminmax())
             if low < 0 or high >= vocab_size:
                 wrong = low if low < 0 else high

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tidegate.backend import choose
+from tidegate.backend import choose, sees_values
 from tidegate.segments import Segments, zero_padding
 
 
@@ -91,6 +91,4 @@ def leaves_out(x: Tensor) -> bool:
     """Whether tokens may be left out, so that how much is computed depends on values: of plain tensors alone, outside
     of tracing and transforms. Elsewhere, and in reference forms, they are masked.
     """
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    mapped = torch._C._functorch.peek_interpreter_stack() is not None
-    return not (traced or mapped or x.is_meta) and choose(x) != "reference"
+    return sees_values(x) and choose(x) != "reference"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tidegate.backend import mapped
 from tidegate.segments import Segments
 
 
@@ -56,8 +57,7 @@ def append(
         room = new.new_zeros(batch, size + 1 - (0 if past is None else past.shape[1]), *new.shape[2:])
         buffer = room if past is None else torch.cat([past, room], dim=1)
         # The buffer is new, so writing into it harms nobody; only `vmap` cannot, if the past is the same for all.
-        mapped = torch._C._functorch.peek_interpreter_stack() is not None
-        scatter = buffer.scatter if mapped else buffer.scatter_
+        scatter = buffer.scatter if mapped() else buffer.scatter_
         return scatter(1, slot.reshape(*slot.shape, *[1] * (new.ndim - 2)).expand_as(new), new)[:, :size]
 
     pasts = [None] * len(new) if past is None else past

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tidegate.backend import mapped
 from tidegate.ops.attention.weights import APART, Rule, Sees, by_definition
 from tidegate.ops.slots import append
 from tidegate.segments import Segments
@@ -217,7 +218,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rule: Rule) -> Tensor:
     """q (N, T, H, D), k (N, S, G, D), v (N, S, G, V); without a mask, causal with S = T."""
     if torch.compiler.is_compiling():
         return _form(rule)(q, k, v, mask, rule)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if mapped():
         return by_definition(q, k, v, mask, rule)
     inputs = (q, k, v) if rule.bias is None else (q, k, v, rule.bias)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):

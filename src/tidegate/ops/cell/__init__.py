@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tidegate.backend import choose
+from tidegate.backend import choose, sees_values
 from tidegate.ops.calls import recurrence
 from tidegate.ops.cell.equations import Program, read
 from tidegate.ops.cell.reference import compile_step
@@ -72,6 +72,13 @@ class Cell:
     def kernels(self) -> Kernels:
         """The source of the CPU kernels, written when they are first needed."""
         return Kernels(self.program, self.equations)
+
+    @cached_property
+    def newton_step(self) -> Callable[..., Any]:
+        """One token in PyTorch with the blocks of its Jacobian: see `newton.source`."""
+        from tidegate.ops.cell import newton
+
+        return compile_step(newton.source(self.program))
 
     @property
     def source(self) -> str:
@@ -150,9 +157,8 @@ class Cell:
         """Whether all tokens at once are worth a try: how often one has to is known only when numbers are there."""
         from tidegate.ops.cell.newton import is_elementwise
 
-        traced = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
         worthwhile = inputs.shape[1] > 1 and inputs.numel() > 0 and is_elementwise(self.program)
-        return worthwhile and not (traced or inputs.is_meta or clip)
+        return worthwhile and not clip and sees_values(inputs)
 
     def _check(
         self,

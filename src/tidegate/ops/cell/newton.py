@@ -14,7 +14,7 @@ Backward there is nothing to iterate: the gradients of the states are a linear r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,7 @@ class _Sequence:
 
     def linearised(self, before: Tensor) -> tuple[Tensor, Tensor]:
         """The new states and the blocks (B, T, S, S, D)."""
-        new, entries = _step(self.cell)(*self._arguments(before))
+        new, entries = self.cell.newton_step(*self._arguments(before))
         after, size = torch.stack([self._whole(state) for state in new], 2), len(self.cell.states)
         blocks = torch.stack([self._whole(entry) for entry in entries], 2).unflatten(2, (size, size))
         if self.valid is not None and self.starts is not None:
@@ -171,14 +171,6 @@ class _Sequence:
         if not isinstance(x, Tensor):
             return self.inputs.new_full((batch, time, dim), x)
         return x.expand(batch * time, self.heads, dim // self.heads).reshape(batch, time, dim)
-
-
-def _step(cell: Cell) -> Callable[..., Any]:
-    """The compiled `source` of a cell, made once."""
-    if "newton_step" not in cell.__dict__:
-        cell.__dict__["newton_step"] = reference.compile_step(source(cell.program))
-    step: Callable[..., Any] = cell.__dict__["newton_step"]
-    return step
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from tidegate.backend import mapped
 from tidegate.ops.scan import parallel
 from tidegate.segments import Segments, zero_padding
 
@@ -35,7 +36,7 @@ def selective_scan(
     step = dt if bias is None else functional.softplus(dt + bias)
     time, outputs = x.shape[1], []
     # Nothing is recomputed for a single chunk, nor inside torch.func, which has no place for it.
-    recompute = time > _CHUNK and torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+    recompute = time > _CHUNK and torch.is_grad_enabled() and not mapped()
     for begin in range(0, time, _CHUNK):
         own = slice(begin, begin + _CHUNK)
         part = None if segments is None else segments[own]
