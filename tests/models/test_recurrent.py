@@ -149,6 +149,59 @@ def test_dropout_is_between_layers_and_may_be_one_mask_for_all_time(variational,
     assert not (seen[-1] == 0).any()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "zoneout"), [("gru", 0.25), ("lstm", {"c": 0.5}), ("lstm", {"h": 0.125, "c": 0.5})])
+def test_zoneout_keeps_channels_or_moves_all_by_their_share(name, zoneout, training, monkeypatch):
+    torch.manual_seed(0)
+    rnn = RNN(name, 5, 8, zoneout=zoneout, dtype=torch.float64).train(training)
+    plain = RNN(name, 5, 8, dtype=torch.float64)
+    plain.load_state_dict(rnn.state_dict())
+    drawn, bernoulli = [], torch.bernoulli
+    monkeypatch.setattr(torch, "bernoulli", lambda p: drawn.append(bernoulli(p)) or drawn[-1])
+    x = torch.randn(6, 3, 5, dtype=torch.float64)
+    y, last = rnn(x)
+    cell = rnn.layers[0].cell
+    shares = dict.fromkeys(cell.states, 0.0) | (zoneout if isinstance(zoneout, dict) else {"h": zoneout})
+    assert len(drawn) == (sum(share > 0 for share in shares.values()) if training else 0)
+    state = [torch.zeros(3, 8, dtype=torch.float64) for _ in cell.states]
+    for t in range(6):
+        _, after = plain(x[t : t + 1], tuple(s[None] for s in state) if len(state) > 1 else state[0][None])
+        masks = iter(drawn)
+        for k, (share, new) in enumerate(zip(shares.values(), after if len(state) > 1 else [after], strict=True)):
+            moves = (next(masks)[:, t, 0] if training else 1 - share) if share else 1.0
+            state[k] = state[k] + moves * (new[0] - state[k])
+        close(y[t], state[0])
+    for seen, wanted in zip(last if len(state) > 1 else [last], state, strict=True):
+        close(seen[0], wanted)
+
+
+def test_zoneout_leaves_out_as_many_as_it_says():
+    torch.manual_seed(0)
+    rnn = RNN("elman", 5, 64, zoneout=0.25, dtype=torch.float64)
+    y, _ = rnn(torch.randn(50, 20, 5, dtype=torch.float64))
+    stayed = (y[1:] == y[:-1]).float().mean()
+    assert abs(stayed - 0.25) < 0.01
+    y.sum().backward()
+    assert all(p.grad is not None for p in rnn.parameters())
+
+
+def test_weight_dropout_is_one_mask_for_all_tokens_of_a_call():
+    torch.manual_seed(0)
+    rnn = RNN("lstm", 5, 8, weight_dropout=0.5, dtype=torch.float64)
+    plain = RNN("lstm", 5, 8, dtype=torch.float64)
+    plain.load_state_dict(rnn.state_dict())
+    x = torch.randn(6, 3, 5, dtype=torch.float64)
+    torch.manual_seed(1)
+    y, _ = rnn(x)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        plain.layers[0].weight_hh.copy_(torch.nn.functional.dropout(rnn.layers[0].weight_hh, 0.5))
+    assert (plain.layers[0].weight_hh == 0).float().mean() > 0.3
+    close(y, plain(x)[0])
+    plain.load_state_dict(rnn.state_dict())
+    close(rnn.eval()(x), plain(x))
+
+
 def test_other_mixers_stream_in_it_too():
     rnn = RNN("gla", 5, 16, num_layers=2, batch_first=True, num_heads=2)
     x = torch.randn(2, 9, 5)
@@ -189,6 +242,11 @@ def test_errors():
         (lambda: RNN("lstm", 5, 8, num_layers=0), "num_layers: seen 0"),
         (lambda: RNN("lstm", 5, 8, dropout=1.0), "dropout: seen 1.0"),
         (lambda: RNN("lstmm", 5, 8), "lstmm"),
+        (lambda: RNN("gru", 5, 8, weight_dropout=1.0)(x), "weight_dropout: seen 1.0"),
+        (lambda: RNN("gru", 5, 8, zoneout=-0.1)(x), "zoneout: seen -0.1, wanted a share from 0 to below 1"),
+        (lambda: RNN("gru", 5, 8, zoneout={"c": 0.1})(x), "zoneout: seen 'c', wanted states of the cell: h"),
+        (lambda: RNN("gla", 5, 8, num_heads=2, zoneout=0.1), "zoneout: seen 0.1, but 'gla' is more than a cell"),
+        (lambda: RNN("gru", 5, 8, zoneout=0.1).to_torch(), "cell: PyTorch has no gru, zoneout=0.1"),
         (lambda: RNN("lstm", 5, 8, peepholes=True), "no option 'peepholes', did you mean 'peephole'"),
         (lambda: RNN("bidirectional", 5, 8), "cell: 'bidirectional' cannot be read from left to right"),
         (lambda: RNN.from_torch(nn.Linear(2, 2)), "module: seen Linear, wanted torch.nn.LSTM, GRU or RNN"),

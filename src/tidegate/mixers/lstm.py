@@ -40,7 +40,8 @@ class LSTM(CellMixer):
       That is torch.nn.LSTM(dim, hidden_size, proj_size=dim), `weight_hr` included.
     - What an LSTM can do without, one by one: `input_gate`, `forget_gate` and `output_gate` = False set i, f or o to 1
       (no forget gate is the cell of 1997); `input_activation` and `output_activation` = False leave out the first or
-      the last tanh. Their parameters are gone.
+      the last tanh. Their parameters are gone. `gate_recurrence` adds instead: every gate also reads the gates of the
+      token before, through matrices of their own, and they become states.
     - `num_heads` makes U block-diagonal: heads do not see each other, and the recurrence costs that much less.
     - `forget_bias` is the forget gate's bias at initialisation, exactly: PyTorch adds two biases, so one of them is
       zero. `chrono_length` instead draws biases for memories of up to that many tokens, b_f = log U(1, length - 1) and
@@ -48,7 +49,8 @@ class LSTM(CellMixer):
 
     Source: Hochreiter & Schmidhuber 1997; forget gate Gers et al. 2000; peepholes Gers & Schmidhuber 2000; coupled
     gates and the ablations arXiv 1503.04069; projection 1402.1128; layer norm 1607.06450; heads 2412.07752; chrono
-    initialisation 1804.11188. Shapes: x, y (B, T, dim). State: h (dim), c (hidden_size or dim).
+    initialisation 1804.11188. Shapes: x, y (B, T, dim). State: h (dim), c (hidden_size or dim),
+    and with `gate_recurrence` i, f, o (as c).
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LSTM(CellMixer):
         output_gate: bool = True,
         input_activation: bool = True,
         output_activation: bool = True,
+        gate_recurrence: bool = False,
         forget_bias: float = 1.0,
         chrono_length: int | None = None,
         device: torch.device | str | None = None,
@@ -75,7 +78,7 @@ class LSTM(CellMixer):
         self.peephole, self.coupled, self.layer_norm = peephole, coupled, layer_norm
         self.input_gate, self.forget_gate, self.output_gate = input_gate, forget_gate, output_gate
         self.input_activation, self.output_activation = input_activation, output_activation
-        self.forget_bias, self.chrono_length = forget_bias, chrono_length
+        self.gate_recurrence, self.forget_bias, self.chrono_length = gate_recurrence, forget_bias, chrono_length
         check_chrono(chrono_length)
         if coupled and not (input_gate and forget_gate):
             missing = "forget_gate" if input_gate else "input_gate"
@@ -84,7 +87,15 @@ class LSTM(CellMixer):
             raise ValueError(f"hidden_size: seen {hidden_size}, wanted more than dim = {dim}, or None")
         if hidden_size is not None and num_heads != 1:
             raise ValueError(f"num_heads: seen {num_heads} with hidden_size, whose projection mixes heads; wanted 1")
-        self._build(Cell(self._equations(), "h c"), num_heads, device, dtype, second_bias=True, width=hidden_size)
+        gates = [k for k, there in self._gates().items() if there and k != "g"]
+        if gate_recurrence and not gates:
+            raise ValueError("gate_recurrence: seen True without a gate, wanted at least one of them")
+        if gate_recurrence and hidden_size is not None:
+            raise ValueError(
+                "gate_recurrence: seen True with hidden_size, whose matrices are narrower; wanted one of both"
+            )
+        cell = Cell(self._equations(), ["h", "c", *gates * gate_recurrence])
+        self._build(cell, num_heads, device, dtype, second_bias=not gate_recurrence, width=hidden_size)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -102,8 +113,12 @@ class LSTM(CellMixer):
             if not name.startswith("p_"):
                 self._set_vector(name, 0.0 if name == "shift" else 1.0)
 
+    def _gates(self) -> dict[str, bool]:
+        """Which of them there are."""
+        return dict(i=self.input_gate and not self.coupled, f=self.forget_gate, g=True, o=self.output_gate)
+
     def _equations(self) -> str:
-        there = dict(i=self.input_gate and not self.coupled, f=self.forget_gate, g=True, o=self.output_gate)
+        there = self._gates()
         gates = [k for k in there if there[k]]
         lines = []
         inside = {k: f"W_{k} @ x + U_{k} @ h" for k in gates}
@@ -115,17 +130,24 @@ class LSTM(CellMixer):
             inside = {k: f"W_{k} @ x + gain_{k} * (u_{k} - m) * s" for k in gates}
         if self.peephole:
             inside |= {k: f"{inside[k]} + p_{k} * c" for k in gates if k != "g"}
-        lines += [f"{k} = sigmoid({inside[k]})" for k in ("i", "f") if there[k]]
+        i, f, o = "ifo"
+        if self.gate_recurrence:  # the old gates keep their names until the end
+            i, f, o = "i_now", "f_now", "o_now"
+            sees = [k for k in gates if k != "g"]
+            inside |= {k: " + ".join([inside[k], *(f"R_{j}{k} @ {j}" for j in sees)]) for k in sees}
+        lines += [f"{name} = sigmoid({inside[k]})" for k, name in (("i", i), ("f", f)) if there[k]]
         lines += [f"g = tanh({inside['g']})" if self.input_activation else f"g = {inside['g']}"]
-        late = [f"o = sigmoid({inside['o']})"] if there["o"] else []
+        late = [f"{o} = sigmoid({inside['o']})"] if there["o"] else []
         lines += [] if self.peephole else late
-        share = "(1 - f) * g" if self.coupled else "i * g" if there["i"] else "g"
-        lines += [f"c = f * c + {share}" if there["f"] else f"c = c + {share}"]
+        share = f"(1 - {f}) * g" if self.coupled else f"{i} * g" if there["i"] else "g"
+        lines += [f"c = {f} * c + {share}" if there["f"] else f"c = c + {share}"]
         lines += late if self.peephole else []
         read = "c"
         if self.layer_norm:
             lines += ["d = c - mean(c)"]
             read = f"gain * d / sqrt(mean(d ** 2) + {EPS}) + shift"
         read = f"tanh({read})" if self.output_activation else f"({read})"
-        out = f"o * {read}" if there["o"] else read
-        return "\n".join([*lines, f"h = {out}" if self.hidden_size is None else f"h = R @ ({out})"])
+        out = f"{o} * {read}" if there["o"] else read
+        lines += [f"h = {out}" if self.hidden_size is None else f"h = R @ ({out})"]
+        lines += [f"{k} = {k}_now" for k in gates if k != "g" and self.gate_recurrence]
+        return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from tidegate import registry
-from tidegate.nn.cell import CellMixer
+from tidegate.nn.cell import CellMixer, check_share
 from tidegate.nn.mixer import Mixer, grows
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -29,6 +30,7 @@ class RNN(nn.Module):
       own. A cell takes `input_size` by its input weights; other mixers get a linear map in front where it differs.
     - `proj_size` P > 0 makes outputs and the state h that narrow, as in torch.nn.LSTM (arXiv 1402.1128).
     - `dropout` is between layers. With `variational=True` one mask serves all tokens of a sequence (arXiv 1512.05287).
+    - `weight_dropout` and `zoneout` regularise the recurrence itself: see `tidegate.nn.cell.CellMixer`.
     - `batch_first=False`, as in PyTorch, means (T, B, ...) for input and output; (T, ...) without batch is taken, too.
     - A `PackedSequence` is taken and given back; `segments` (B, T) says the same and more: documents in a row.
     - `hx` is a tensor for a cell of one state, else a tuple in the order of the cell's states (h and c for "lstm"),
@@ -56,6 +58,8 @@ class RNN(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         variational: bool = False,
+        weight_dropout: float = 0.0,
+        zoneout: float | Mapping[str, float] = 0.0,
         bidirectional: bool = False,
         proj_size: int = 0,
         device: torch.device | str | None = None,
@@ -66,8 +70,7 @@ class RNN(nn.Module):
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if size < 1:
                 raise ValueError(f"{name}: seen {size}, wanted at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: seen {dropout}, wanted a share from 0 to below 1")
+        check_share("dropout", dropout)
         if not registry.info(cell).streams:
             raise ValueError(f"cell: {cell!r} cannot be read from left to right; see `tidegate list`")
         if not 0 <= proj_size < hidden_size:
@@ -80,6 +83,7 @@ class RNN(nn.Module):
             options = {**options, "hidden_size": hidden_size}
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.batch_first, self.dropout, self.variational = batch_first, dropout, variational
+        self.weight_dropout, self.zoneout = weight_dropout, zoneout
         self.bidirectional, self.proj_size, self.options = bidirectional, proj_size, options
         self.directions = 2 if bidirectional else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -91,6 +95,12 @@ class RNN(nn.Module):
             for index, width in enumerate(widths)
             for _ in range(self.directions)
         )
+        for layer in self.layers if weight_dropout or zoneout else ():
+            mixer = _mixer(layer)
+            if not isinstance(mixer, CellMixer):
+                name = "weight_dropout" if weight_dropout else "zoneout"
+                raise ValueError(f"{name}: seen {getattr(self, name)}, but {cell!r} is more than a cell; wanted 0")
+            mixer.weight_dropout, mixer.zoneout = weight_dropout, zoneout
 
     def reset_parameters(self) -> None:
         """Every layer as it initialises itself."""
@@ -215,8 +225,10 @@ class RNN(nn.Module):
         left_out = ("forget_bias", "chrono_length", "recurrent_init", "hidden_size")
         own = {k: v for k, v in layer.config().items() if k not in left_out and v != plain.config()[k]}
         given: dict[str, Any] = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
-        if self.cell not in _TORCH or own or self.variational:
-            seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items()), *["variational=True"] * self.variational]
+        for name in ("variational", "weight_dropout", "zoneout"):
+            own |= {name: getattr(self, name)} if getattr(self, name) else {}
+        if self.cell not in _TORCH or own:
+            seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items())]
             raise ValueError(f"cell: PyTorch has no {', '.join(seen)}; it has lstm, gru and elman as they are")
         module = _TORCH[self.cell](**_arguments(self, layer.weight_ih), **given)
         with torch.no_grad():

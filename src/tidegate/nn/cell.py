@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,21 +36,24 @@ class CellLayer(Mixer):
         vectors: Tensor | None,
         state: State,
         segments: Segments | None,
+        *,
+        cell: Cell | None = None,
         projected_dim: int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cell's outputs and its states, by their names, from those in `state`; shapes as in `Cell`."""
-        y, after = self.cell(
+        """The outputs and states of `cell`, or the layer's own, by their names, from those in `state`; see `Cell`."""
+        cell = cell or self.cell
+        y, after = cell(
             inputs,
             matrices,
             vectors,
-            torch.stack([state[name] for name in self.cell.states], 1),
+            torch.stack([state[name] for name in cell.states], 1),
             segments=segments,
             gradient_clip=self.gradient_clip,
             truncate=self.truncate,
             method=self.method,
             projected_dim=projected_dim,
         )
-        return y, dict(zip(self.cell.states, after.unbind(1), strict=True))
+        return y, dict(zip(cell.states, after.unbind(1), strict=True))
 
 
 class CellMixer(CellLayer):
@@ -62,9 +67,18 @@ class CellMixer(CellLayer):
     With `width` the cell is that wide, not dim, but for its projected state, a product with its last matrix R: that is
     `weight_hr` (dim, width), and the others, `weight_hh`, are (width, dim) each.
 
+    Two ways to regularise the recurrence are attributes, too; both are 0 where nothing else is set:
+
+    - `weight_dropout`, the share of numbers of `weight_hh` that are zero during a call in training, the same for all
+      its tokens (DropConnect, arXiv 1708.02182);
+    - `zoneout`, the probability with which a channel of a state stays as it was, token by token (1606.01305), for all
+      states or as {"h": 0.05, "c": 0.5}. Outside of training every state moves by its expected share instead.
+
     State: every state of the cell (dim, or width where it is not projected).
     """
 
+    weight_dropout: float = 0.0
+    zoneout: float | Mapping[str, float] = 0.0
     num_heads: int
     width: int
     bias_hh: nn.Parameter | None
@@ -133,9 +147,11 @@ class CellMixer(CellLayer):
         """The recurrent matrices by head, (M, H, d, d)."""
         if self.weight_hh is None:
             return None
+        check_share("weight_dropout", self.weight_dropout)
+        weight = functional.dropout(self.weight_hh, self.weight_dropout, self.training and self.weight_dropout > 0)
         if self.weight_hr is None:
-            return self.weight_hh.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
-        others = functional.pad(self.weight_hh, (0, self.width - self.dim)).unflatten(0, (-1, self.width))
+            return weight.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
+        others = functional.pad(weight, (0, self.width - self.dim)).unflatten(0, (-1, self.width))
         projection = functional.pad(self.weight_hr, (0, 0, 0, self.width - self.dim))
         return torch.cat([others, projection[None]])[:, None]
 
@@ -162,12 +178,43 @@ class CellMixer(CellLayer):
         inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.width))
         if "x" in self.cell.inputs:
             inputs = torch.cat([inputs, x.unsqueeze(2)], 2)
+        cell, moving = self._zoned(inputs)
+        inputs = torch.cat([inputs, *moving], 2) if moving else inputs
         if self.weight_hr is None:
-            y, after = self.over_time(inputs, self._matrices(), vectors, state, segments)
+            y, after = self.over_time(inputs, self._matrices(), vectors, state, segments, cell=cell)
             return y, State(after)
         full = state.map(lambda x: functional.pad(x, (0, self.width - x.shape[-1])))
-        y, after = self.over_time(inputs, self._matrices(), vectors, full, segments, self.dim)
+        narrow = self.dim if cell.projected else None
+        y, after = self.over_time(inputs, self._matrices(), vectors, full, segments, cell=cell, projected_dim=narrow)
         return y[..., : self.dim], State({name: x[:, : state[name].shape[-1]] for name, x in after.items()})
+
+    def _zoned(self, inputs: Tensor) -> tuple[Cell, list[Tensor]]:
+        """The cell with `zoneout`, and its further inputs: how far each state that it is about moves at every token."""
+        given = self.zoneout if isinstance(self.zoneout, Mapping) else dict.fromkeys(self.cell.states, self.zoneout)
+        for name, probability in given.items():
+            if name not in self.cell.states:
+                raise ValueError(f"zoneout: seen {name!r}, wanted states of the cell: {', '.join(self.cell.states)}")
+            check_share("zoneout", probability)
+        names = [name for name in self.cell.states if given.get(name)]
+        moving: list[Tensor] = []
+        for name in names:
+            share = torch.full_like(inputs[:, :, :1], 1.0 - given[name])
+            moving.append(torch.bernoulli(share) if self.training else share)
+        return (_zoned(self.cell.equations, self.cell.states, tuple(names)) if names else self.cell), moving
+
+
+@functools.cache
+def _zoned(equations: str, states: tuple[str, ...], names: tuple[str, ...]) -> Cell:
+    """A cell whose states of these names go only part of the way, by one more input each."""
+    before = [f"{name}_before = {name}" for name in names]
+    after = [f"{name} = {name}_before + (moves_{name} @ x) * ({name} - {name}_before)" for name in names]
+    return Cell("\n".join([*before, equations, *after]), states)
+
+
+def check_share(argument: str, share: float) -> None:
+    """Raises ValueError for what is no share from 0 to below 1."""
+    if not 0 <= share < 1:
+        raise ValueError(f"{argument}: seen {share}, wanted a share from 0 to below 1")
 
 
 def check_chrono(length: int | None) -> None:
