@@ -154,9 +154,9 @@ def _interpreted(key: str) -> Any:
     return SimpleNamespace(**names)
 
 
-def _run(kernel: Callable[..., None], problems: int, *arguments: Any, scratch: int) -> None:
+def _run(kernel: Callable[..., None], problems: int, *arguments: Any, scratch: int | None = None) -> None:
     for problem in range(problems):  # each with memory of its own
-        kernel(problem, problem + 1, np.full(scratch, np.nan), *arguments)
+        kernel(problem, problem + 1, *([] if scratch is None else [np.full(scratch, np.nan)]), *arguments)
 
 
 def elementwise(function: Callable[..., Any], *, total: bool = False) -> Callable[..., None]:

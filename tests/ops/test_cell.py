@@ -158,7 +158,7 @@ def kernel(cell, given, segments=None, **options):
 def uncompiled(cell, given, segments=None, clip=0.0, cut=0, narrow=0):
     codes = None if segments is None else segments.codes()
     with interpreted():
-        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut, narrow)[:2], given)
+        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut, narrow, True)[:2], given)
 
 
 # -- equality ----------------------------------------------------------------------------------------------------------
@@ -403,8 +403,10 @@ def test_the_operators_are_sound():
     for segments in list(layouts(2, 4))[::3]:
         codes = None if segments is None else segments.codes()
         given = [x.float().requires_grad_() for x in arguments(cell, 2, 4, 2, 4)]
-        torch.library.opcheck(numba_cpu._forward_op, (cell.key, *given, codes, 0.0, 0, 0))
-        y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0, 0)
+        for keep in (True, False):
+            leaves = given if keep else [x.detach() for x in given]
+            torch.library.opcheck(numba_cpu._forward_op, (cell.key, *leaves, codes, 0.0, 0, 0, keep))
+        y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0, 0, True)
         inputs, matrices, vectors, _ = (x.detach() for x in given)
         saved = [x.detach() for x in saved]
         back = (
@@ -421,6 +423,31 @@ def test_the_operators_are_sound():
             torch.ones_like(last),
         )
         torch.library.opcheck(numba_cpu._backward_op, [x.detach() if isinstance(x, Tensor) else x for x in back])
+
+
+@NAMES
+def test_without_backward_nothing_is_kept(name):
+    """The same bits, in memory for one token."""
+    cell = CELLS[name][0]
+    for heads, batch in ((2, 9), (1, 2)):
+        given = [x.float() for x in arguments(cell, batch, 5, heads, 6)]
+        for segments in layouts(batch, 5):
+            codes = None if segments is None else segments.codes()
+            y, last, *saved = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0, 0, True)
+            again, same, *less = numba_cpu._forward_op(cell.key, *given, codes, 0.0, 0, 0, False)
+            assert torch.equal(again, y)
+            assert torch.equal(same, last)
+            assert [5 * x.numel() for x in less] == [x.numel() for x in saved]
+    calls, forward = [], numba_cpu._call
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba_cpu, "_call", lambda *x: calls.append(x[-1]) or forward(*x))
+        leaves = [x.requires_grad_() for x in given]
+        with tidegate.backend("numba"):
+            cell(*leaves)
+            with torch.no_grad():
+                cell(*leaves)
+            cell(*(x.detach() for x in leaves))
+    assert calls == [True, False, False]
 
 
 def test_one_cell_twice_in_a_graph():

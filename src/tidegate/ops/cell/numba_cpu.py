@@ -5,6 +5,8 @@ Arrays, with G inputs, M products, V vectors, S states, E kept quantities and Q 
     x (B, T, G, D)   v (V, D)   state, last (B, S, D)   y (B, T, D)   old (B, T, S, D): the states before each token
     p (B, T, H, M, d): the products   e (B, T, E, D)   mu (T, H, Q, B)   codes (B, T), see Segments.codes
 
+Where there is no backward, old, p, e and mu have memory for one token, which every token writes over.
+
 A problem is up to R rows of the batch and one head. R depends on the batch alone, so that the number of threads
 changes no result.
 """
@@ -46,7 +48,9 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     codes = None if segments is None else segments.codes()
     tensors = (tensor.float() for tensor in (inputs, matrices, vectors, state))
-    y, last = _call(cell.key, *tensors, codes, clip, cut, narrow)[:2]
+    given = [*tensors]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    y, last = _call(cell.key, *given, codes, clip, cut, narrow, keep)[:2]
     return y, last.to(state.dtype)
 
 
@@ -151,20 +155,22 @@ def _forward_op(
     clip: float,
     cut: int,
     narrow: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, last, and what backward needs: old, p, e, mu."""
+    """y, last, and what backward needs, if it is to be kept: old, p, e, mu."""
     cell = find(key)
     B, T, H, d = _sizes(cell, inputs, matrices)
     R, size, D = _rows(B), cell.kernels.sizes, H * d
     empty = torch.zeros if codes is not None else torch.empty  # passes leave out padding
-    y, e = empty(B, T, D), empty(B, T, size["E"], D)
-    last, old = torch.empty(B, size["S"], D), torch.empty(B, T, size["S"], D)
-    p, mu = (torch.zeros if narrow else torch.empty)(B, T, H, size["M"], d), torch.empty(T, H, size["Q"], B)
+    kept = T if keep else 1
+    y, e = empty(B, T, D), empty(B, kept, size["E"], D)
+    last, old = torch.empty(B, size["S"], D), torch.empty(B, kept, size["S"], D)
+    p, mu = (torch.zeros if narrow else torch.empty)(B, kept, H, size["M"], d), torch.empty(kept, H, size["Q"], B)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
     given = (kernels.flat(inputs), kernels.flat(vectors), kernels.flat(state), flags)
     results = tuple(x.numpy().reshape(-1) for x in (y, last, old, p, e, mu))
     weights = _weights(cell, matrices, narrow, transposed=False)
-    arguments = (R, B, T, H, d, narrow or d, *given, *weights, *results)
+    arguments = (R, B, T, H, d, narrow or d, kept, *given, *weights, *results)
     shared = (results[3], results[4], *weights)  # p and e
     _run(key, "forward", -(-B // R) * H, arguments, shared, size["S"] * R * kernels.pad(d) + 1)
     return y, last, old, p, e, mu
@@ -237,12 +243,13 @@ def _backward_op(
 
 
 @_forward_op.register_fake
-def _(key, inputs, matrices, vectors, state, codes, clip, cut, narrow):
+def _(key, inputs, matrices, vectors, state, codes, clip, cut, narrow, keep):
     cell = find(key)
     B, T, H, d = _sizes(cell, inputs, matrices)
     size, D, new = cell.kernels.sizes, H * d, inputs.new_empty
-    saved = new(B, T, size["S"], D), new(B, T, H, size["M"], d), new(B, T, size["E"], D), new(T, H, size["Q"], B)
-    return new(B, T, D), new(B, size["S"], D), *saved
+    kept = T if keep else 1
+    saved = new(B, kept, size["S"], D), new(B, kept, H, size["M"], d), new(B, kept, size["E"], D)
+    return new(B, T, D), new(B, size["S"], D), *saved, new(kept, H, size["Q"], B)
 
 
 @_backward_op.register_fake
@@ -259,7 +266,7 @@ _call_backward = kernels.direct(_backward_op)
 
 
 def _setup(ctx, inputs, output):
-    ctx.key, *tensors, codes, ctx.clip, ctx.cut, ctx.narrow = inputs
+    ctx.key, *tensors, codes, ctx.clip, ctx.cut, ctx.narrow, _ = inputs
     ctx.save_for_backward(*tensors, codes, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -272,14 +279,14 @@ def _formula(ctx, dy, dlast, *_):
     if not torch.is_grad_enabled():
         how = ctx.clip, ctx.cut, ctx.narrow
         found = _call_backward(ctx.key, inputs, matrices, vectors, codes, *how, *saved, dy, dlast)
-        return (None, *found, None, None, None, None)
+        return (None, *found, None, None, None, None, None)
     segments = None if codes is None else Segments(codes == 1, codes != 2)
 
     def form(x: Tensor, matrices: Tensor, vectors: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         return reference.run(find(ctx.key), x, matrices, vectors, state, segments, ctx.clip, ctx.cut, ctx.narrow)
 
     found = kernels.differentiable_gradients(form, [inputs, matrices, vectors, state], (dy, dlast))
-    return (None, *found, None, None, None, None)
+    return (None, *found, None, None, None, None, None)
 
 
 _forward_op.register_autograd(_formula, setup_context=_setup)
