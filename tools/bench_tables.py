@@ -3,7 +3,7 @@
     .venv/bin/python tools/bench_tables.py [reports/bench]
 
 A table stands between `<!-- bench: NAME -->` and `<!-- /bench -->`, where NAME.json (or NAME.md, of peers) holds its
-figures; without that file it stays as it was.
+figures; without that file it stays as it was. The table `cells` is made of all NAME/cells.json, one column for each.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ def _table(folder: Path, name: str, before: str) -> str:
             if path.is_file()
             else before.split("\n", 1)[1].rsplit("\n", 1)[0] + "\n"
         )
-    path = folder / f"{name}.json"
-    if not path.is_file():
+    paths = sorted(folder.glob("*/cells.json")) if name == "cells" else [folder / f"{name}.json"]
+    if not all(path.is_file() for path in paths) or not paths:
         return before.split("\n", 1)[1].rsplit("\n", 1)[0] + "\n"
-    content = json.loads(path.read_text())
-    subject, results = content["subject"], content["results"]
-    rows = _decode(results) if subject == "decode" else _lengths(results, subject)
+    contents = [json.loads(path.read_text()) for path in paths]
+    subject, results = contents[0]["subject"], contents[0]["results"]
+    if subject == "cells":
+        rows = _cells(contents)
+    else:
+        rows = _decode(results) if subject == "decode" else _lengths(results, subject)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n" + "\n".join(lines) + "\n\n"
@@ -90,6 +93,25 @@ def _decode(results: list[dict[str, Any]]) -> list[list[str]]:
         called = duration(own[0]["step"]["median"])
         rows.append([f"`{name}`", called, *compiled, f"{best[-1] / best[0]:.2f}", size(own[-1]["state_bytes"])])
     return rows
+
+
+def _cells(contents: list[dict[str, Any]]) -> list[list[str]]:
+    """Forward with backward of every cell at every shape, with what PyTorch's own and a loop take."""
+    rows: dict[str, list[str]] = {}
+    head = ["cell"]
+    for content in contents:
+        options = content["options"]
+        shape = f"B{options['batch'][0]} T{options['lengths'][0]} H{options['dim']}"
+        head += [shape + (f", {options['heads']} heads" if options["heads"] > 1 else ""), "of ceiling", "loop takes"]
+        found = {result["name"]: result for result in content["results"]}
+        for name, result in found.items():
+            if name.startswith("loop/"):
+                continue
+            seconds, loop = result["training"]["median"], found.get(f"loop/{name}")
+            row = rows.setdefault(name, [f"`{name}`"])
+            row += [duration(seconds), f"{result['training_roof']['reached']:.0%}"]
+            row.append(f"{three_digits(loop['training']['median'] / seconds)} x" if loop else "")
+    return [head, *rows.values()]
 
 
 if __name__ == "__main__":
