@@ -71,6 +71,7 @@ class RNN(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: seen {size}, wanted at least 1")
         check_share("dropout", dropout)
+        check_share("weight_dropout", weight_dropout)
         if not registry.info(cell).streams:
             raise ValueError(f"cell: {cell!r} cannot be read from left to right; see `tidegate list`")
         if not 0 <= proj_size < hidden_size:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,8 +78,9 @@ class CellMixer(CellLayer):
     """
 
     weight_dropout: float = 0.0
-    zoneout: float | Mapping[str, float] = 0.0
     num_heads: int
+    _zoneout: Mapping[str, float] = MappingProxyType({})
+    _zoned: Cell | None = None  # the cell with zoneout
     width: int
     bias_hh: nn.Parameter | None
     weight_hr: nn.Parameter | None
@@ -147,8 +148,9 @@ class CellMixer(CellLayer):
         """The recurrent matrices by head, (M, H, d, d)."""
         if self.weight_hh is None:
             return None
-        check_share("weight_dropout", self.weight_dropout)
-        weight = functional.dropout(self.weight_hh, self.weight_dropout, self.training and self.weight_dropout > 0)
+        weight: Tensor = self.weight_hh
+        if self.training and self.weight_dropout > 0:
+            weight = functional.dropout(weight, self.weight_dropout)
         if self.weight_hr is None:
             return weight.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
         others = functional.pad(weight, (0, self.width - self.dim)).unflatten(0, (-1, self.width))
@@ -178,8 +180,9 @@ class CellMixer(CellLayer):
         inputs = functional.linear(x, self.weight_ih, bias).unflatten(-1, (-1, self.width))
         if "x" in self.cell.inputs:
             inputs = torch.cat([inputs, x.unsqueeze(2)], 2)
-        cell, moving = self._zoned(inputs)
-        inputs = torch.cat([inputs, *moving], 2) if moving else inputs
+        cell = self.cell
+        if self._zoned is not None:
+            cell, inputs = self._zoned, torch.cat([inputs, *self._moves(inputs)], 2)
         if self.weight_hr is None:
             y, after = self.over_time(inputs, self._matrices(), vectors, state, segments, cell=cell)
             return y, State(after)
@@ -188,27 +191,29 @@ class CellMixer(CellLayer):
         y, after = self.over_time(inputs, self._matrices(), vectors, full, segments, cell=cell, projected_dim=narrow)
         return y[..., : self.dim], State({name: x[:, : state[name].shape[-1]] for name, x in after.items()})
 
-    def _zoned(self, inputs: Tensor) -> tuple[Cell, list[Tensor]]:
-        """The cell with `zoneout`, and its further inputs: how far each state that it is about moves at every token."""
-        given = self.zoneout if isinstance(self.zoneout, Mapping) else dict.fromkeys(self.cell.states, self.zoneout)
-        for name, probability in given.items():
+    @property
+    def zoneout(self) -> Mapping[str, float]:
+        """See the class. May be set to a number, for all states, too; raises ValueError for what is no probability."""
+        return self._zoneout
+
+    @zoneout.setter
+    def zoneout(self, given: float | Mapping[str, float]) -> None:
+        given = dict(given) if isinstance(given, Mapping) else dict.fromkeys(self.cell.states, given)
+        for name, share in given.items():
             if name not in self.cell.states:
                 raise ValueError(f"zoneout: seen {name!r}, wanted states of the cell: {', '.join(self.cell.states)}")
-            check_share("zoneout", probability)
-        names = [name for name in self.cell.states if given.get(name)]
-        moving: list[Tensor] = []
-        for name in names:
-            share = torch.full_like(inputs[:, :, :1], 1.0 - given[name])
-            moving.append(torch.bernoulli(share) if self.training else share)
-        return (_zoned(self.cell.equations, self.cell.states, tuple(names)) if names else self.cell), moving
+            check_share("zoneout", share)
+        self._zoneout = {name: given[name] for name in self.cell.states if given.get(name)}
+        # The states that it is about go only part of the way, by one more input each.
+        before = [f"{name}_before = {name}" for name in self._zoneout]
+        after = [f"{name} = {name}_before + (moves_{name} @ x) * ({name} - {name}_before)" for name in self._zoneout]
+        lines = [*before, self.cell.equations, *after]
+        self._zoned = Cell("\n".join(lines), self.cell.states) if self._zoneout else None
 
-
-@functools.cache
-def _zoned(equations: str, states: tuple[str, ...], names: tuple[str, ...]) -> Cell:
-    """A cell whose states of these names go only part of the way, by one more input each."""
-    before = [f"{name}_before = {name}" for name in names]
-    after = [f"{name} = {name}_before + (moves_{name} @ x) * ({name} - {name}_before)" for name in names]
-    return Cell("\n".join([*before, equations, *after]), states)
+    def _moves(self, inputs: Tensor) -> list[Tensor]:
+        """How far each of these states moves at every token, (B, T, 1, width) each."""
+        shares = [torch.full_like(inputs[:, :, :1], 1.0 - share) for share in self._zoneout.values()]
+        return [torch.bernoulli(share) for share in shares] if self.training else shares
 
 
 def check_share(argument: str, share: float) -> None:

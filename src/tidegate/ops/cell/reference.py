@@ -84,7 +84,7 @@ def run(
     A projected state has `narrow` channels, or with 0 as many as the others.
     """
     heads, batch = matrices.shape[1] if cell.matrices else 1, inputs.shape[0]
-    scales, used = vectors.unflatten(-1, (heads, -1)), _used(cell, matrices, narrow)
+    scales = vectors.unflatten(-1, (heads, -1))
 
     def step(carry: tuple[Tensor, ...], now: Tensor, *flags: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         (kept,) = carry  # (B, S, H, d)
@@ -95,7 +95,7 @@ def run(
         if flags:
             before = torch.where(flags[0][:, None, None, None], 0, before)
         # Unbound in here: a traced loop may not hold two views of one tensor.
-        output, new = cell.step(now.unbind(1), used, scales.unbind(0), before.unbind(1))
+        output, new = cell.step(now.unbind(1), _used(cell, matrices, narrow), scales.unbind(0), before.unbind(1))
         after = new[0][:, None] if len(cell.states) == 1 else torch.stack(new, 1)
         if flags:
             real = flags[1][:, None, None]
@@ -111,15 +111,16 @@ def run(
 
 def _used(cell: Cell, matrices: Tensor, narrow: int) -> tuple[Tensor, ...]:
     """Every matrix without the rows and columns that belong to no channel of a projected state."""
-    found = dict(zip(cell.matrices, matrices.unbind(0), strict=True))
-    if narrow:
-        projected = cell.program.projected
-        for step in cell.program.steps:
-            if isinstance(step, Product):
-                matrix = found[step.matrix]
-                matrix = matrix[:, :narrow] if step.symbol in projected else matrix
-                found[step.matrix] = matrix[:, :, :narrow] if step.operand in projected else matrix
-    return tuple(found.values())
+    found = matrices.unbind(0)
+    if not narrow:
+        return found
+    named, projected = dict(zip(cell.matrices, found, strict=True)), cell.program.projected
+    for step in cell.program.steps:
+        if isinstance(step, Product):
+            matrix = named[step.matrix]
+            matrix = matrix[:, :narrow] if step.symbol in projected else matrix
+            named[step.matrix] = matrix[:, :, :narrow] if step.operand in projected else matrix
+    return tuple(named.values())
 
 
 class _Gate(torch.autograd.Function):
