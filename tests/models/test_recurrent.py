@@ -237,6 +237,7 @@ def test_errors():
     x, h = torch.randn(4, 3, 5), torch.zeros(2, 3, 8)
     for given, message in (
         (lambda: rnn(torch.randn(4, 3, 6)), r"input: seen shape \(4, 3, 6\), wanted \(time, batch, input_size=5\)"),
+        (lambda: rnn(x[:0]), "input: seen T = 0 tokens, wanted at least one"),
         (lambda: rnn(x, h), r"hx: seen \(2, 3, 8\), wanted a tuple of h, c of shape \(2, 3, 8\), \(2, 3, 8\)"),
         (lambda: rnn(x, (h, h[:1])), "hx: seen"),
         (lambda: RNN("lstm", 5, 8, num_layers=0), "num_layers: seen 0"),

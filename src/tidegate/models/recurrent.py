@@ -120,6 +120,8 @@ class RNN(nn.Module):
                 f"input: seen shape {tuple(input.shape)}, wanted {wanted}input_size={self.input_size}) or "
                 f"(time, {self.input_size})"
             )
+        if input.shape[int(self.batch_first and input.ndim == 3)] == 0:
+            raise ValueError("input: seen T = 0 tokens, wanted at least one")
         if input.ndim == 2:
             inner = None if hx is None else _map(lambda x: x[:, None], hx)
             y, last = self._run(input[None], inner, segments)
