@@ -69,6 +69,20 @@ def exponential(q: Any, k: Any, v: Any, i: Any, f: Any) -> Any:
     return mlstm(q, k, v, i, functional.logsigmoid(f), scale=_scale(q))[0]
 
 
+# The cells of the mixers: x (B, T, G, H, d), what the gates get from the input; matrices (G, H, d, d).
+def _cell(name: str) -> None:
+    run = mixers.build(name, dim=1, num_heads=1).cell
+
+    @adapts(f"op/{name}", "tidegate")
+    def cell(x: Any, matrices: Any, bias: Any = None) -> Any:
+        vectors = None if bias is None else bias.flatten()[None]
+        return run(x.flatten(3), matrices, vectors)[0].unflatten(-1, x.shape[3:])
+
+
+for name in ("slstm", "lstm", "gru"):
+    _cell(name)
+
+
 # -- layers and models -------------------------------------------------------------------------------------------------
 def _gated_deltanet(dim: int) -> dict[str, Any]:
     """The shape of Qwen3-Next's layers: twice as many value heads as key heads, heads of 64."""
@@ -84,6 +98,7 @@ def _gated_deltanet(dim: int) -> dict[str, Any]:
 OPTIONS: dict[str, Any] = {
     "gated-deltanet": _gated_deltanet,
     "mamba2": lambda dim: {"state_dim": 128, "head_dim": 64},
+    "slstm": lambda dim: {"recurrent_init": "uniform"},  # zeros would leave the recurrent matrices out of the outputs
 }
 
 
@@ -143,7 +158,7 @@ def _model(name: str, **given: Any) -> None:
 for name in ("lstm", "gru", "rg-lru"):
     _layer(name)
     _step(name)
-for name in ("mamba", "mamba2", "gated-deltanet"):
+for name in ("mamba", "mamba2", "gated-deltanet", "slstm"):
     _layer(name)
 _model("mamba", feed_forward="none", norm_eps=1e-5)
 _model("mamba2", feed_forward="none", norm_eps=1e-5)

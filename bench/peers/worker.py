@@ -20,7 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("tidegate", "torch", "transformers", "mambapy", "mlstm_kernels", "accelerated-scan", "opengdn", "fla-core")
+LIBRARIES = (
+    *("tidegate", "torch", "transformers", "mambapy", "mlstm_kernels", "xlstm", "accelerated-scan", "opengdn"),
+    *("fla-core", "flashrnn"),
+)
 
 
 class Worker:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tidegate import mixers
 from tidegate.bench import peer_inputs, peer_report, peers
 from tidegate.bench.peer_process import PeerError, PeerProcess, difference
 from tidegate.bench.peers import Comparison, Point, Row, Side
@@ -139,7 +140,18 @@ def test_median_and_spread():
 def test_inputs_are_the_same_at_every_call(function):
     first, second = (peer_inputs.draw(function, 2, 16, 8) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(x.shape[0] in (1, 2) and 16 in x.shape for n, x in first.items() if n not in ("a", "d") or x.ndim > 2)
+    weights = ("a", "d", "matrices", "bias")
+    assert all(x.shape[:2] in ((1, 16), (2, 16)) for n, x in first.items() if n not in weights or x.ndim == 3)
+
+
+@pytest.mark.parametrize("name", ["slstm", "lstm", "gru"])
+def test_a_cell_is_drawn_with_what_its_equations_take(name):
+    cell = mixers.build(name, dim=4).cell
+    inputs = peer_inputs.draw(f"op/{name}", 2, 16, 0)
+    assert inputs["x"].shape == (2, 16, len(cell.inputs), 4, 64)
+    assert inputs["matrices"].shape == (len(cell.matrices), 4, 64, 64)
+    assert ("bias" in inputs) == bool(cell.vectors)
+    assert inputs["cotangent"].shape == (2, 16, 4, 64)  # a gradient for h, not for what the gates get
 
 
 def test_a_loop_is_to_be_left_further_behind():
@@ -147,6 +159,8 @@ def test_a_loop_is_to_be_left_further_behind():
     assert peer_inputs.target("op/linear_attention/key", "training", "loop") == 20
     assert peer_inputs.target("op/linear_attention/key", "forward", "loop") == 1.5
     assert peer_inputs.target("layer/gru", "forward", "") == 1.3
+    assert peer_inputs.target("op/slstm", "training", "loop") == 15  # ours is a loop too
+    assert peer_inputs.target("op/slstm", "forward", "loop") == 1.5
 
 
 def test_results_are_written_as_json_table_and_picture(tmp_path):

@@ -16,6 +16,7 @@ from torch.nn import functional
 Tensors = dict[str, Tensor]
 HEADS, KEY, VALUE, CHANNELS, STATE = 4, 64, 64, 512, 16
 LOOP = 20.0  # the factor aimed at, forward and backward, where the peer loops over tokens in Python
+SERIAL = 15.0  # the same where no form but a loop is known, so that ours is one too, in a kernel
 FORWARD, LAYER, DECODE = 1.5, 1.5, 3.0
 CELLS = {"layer/lstm": 0.9, "layer/gru": 1.3}  # PyTorch's LSTM runs at the machine's limit
 
@@ -26,6 +27,7 @@ class Op:
 
     draw: Callable[[int, int], Tensors]
     target: float | None
+    loop: float = LOOP  # the factor where the peer loops over tokens in Python
 
 
 def _unit(*shape: int) -> Tensor:
@@ -98,6 +100,21 @@ def _mlstm(B: int, T: int) -> Tensors:
     return {"q": q, "k": k, "v": v, "i": torch.randn(B, T, HEADS), "f": torch.randn(B, T, HEADS) + 4}
 
 
+def _cell(B: int, T: int, gates: int) -> Tensors:
+    """What the gates get from the input, and block-diagonal recurrent matrices as at an LSTM's initialisation."""
+    return {
+        "x": torch.randn(B, T, gates, HEADS, VALUE),
+        "matrices": (2 * torch.rand(gates, HEADS, VALUE, VALUE) - 1) * (HEADS * VALUE) ** -0.5,
+        "cotangent": torch.randn(B, T, HEADS, VALUE),
+    }
+
+
+def _slstm(B: int, T: int) -> Tensors:
+    inputs = _cell(B, T, 4)
+    inputs["x"][:, :, 1] += 4  # the forget gate
+    return inputs
+
+
 OPS: Mapping[str, Op] = MappingProxyType(
     {
         "op/linear_attention": Op(_qkv, 2.0),
@@ -111,6 +128,9 @@ OPS: Mapping[str, Op] = MappingProxyType(
         "op/dplr": Op(_rwkv7, 20.0),
         "op/scan": Op(_scan, 5.0),
         "op/selective_scan": Op(_selective, 5.0),
+        "op/slstm": Op(_slstm, SERIAL, SERIAL),
+        "op/lstm": Op(lambda B, T: _cell(B, T, 4), SERIAL, SERIAL),
+        "op/gru": Op(lambda B, T: _cell(B, T, 3) | {"bias": torch.randn(HEADS, VALUE)}, SERIAL, SERIAL),
         "op/attention": Op(_qkv, None),
     }
 )
@@ -131,6 +151,8 @@ def draw(function: str, batch: int, length: int, dim: int, vocab: int = 256) -> 
     if kind(function) == "layer":
         return {"x": torch.randn(batch, length, dim), "cotangent": torch.randn(batch, length, dim)}
     inputs = OPS[function].draw(batch, length)
+    if "cotangent" in inputs:
+        return inputs
     like = next(inputs[name] for name in ("v", "u", "x", "b") if name in inputs)
     return inputs | {"cotangent": torch.randn_like(like)}
 
@@ -147,4 +169,4 @@ def target(function: str, phase: str, note: str) -> float | None:
         return FORWARD
     if kind(function) == "layer":
         return LAYER
-    return LOOP if "loop" in note else OPS[function].target
+    return OPS[function].loop if "loop" in note else OPS[function].target

@@ -29,9 +29,9 @@ OURS = "peer_tidegate"
 ENVIRONMENTS = {
     ".venv-peers": (
         *("peer_torch", "peer_transformers", "peer_mambapy", "peer_accelerated_scan", "peer_opengdn"),
-        "peer_mlstm_kernels",
+        *("peer_mlstm_kernels", "peer_xlstm"),
     ),
-    ".venv-peers-fla": ("peer_fla",),
+    ".venv-peers-fla": ("peer_fla", "peer_flashrnn"),
 }
 
 
