@@ -60,7 +60,8 @@ class CellMixer(CellLayer):
     """A mixer that is a cell (see `tidegate.ops.Cell`): everything but the equations and the initialisation.
 
     `_build` sets up, for G inputs, M recurrent matrices and V vectors of the cell: `weight_ih` (G * dim, dim) and
-    `bias_ih`, one bias per input, for which x itself, where equations use it, does not count and comes last;
+    `bias_ih`, one bias per input, or for the first `biased` of them; x itself, where equations use it, does not count
+    and comes last;
     `weight_hh` (M * dim, dim / num_heads), block-diagonal, the block of a head in its rows; `bias_hh`, a second bias
     for each recurrent product, where the cell has it from PyTorch; `vectors` (V, dim).
 
@@ -95,6 +96,7 @@ class CellMixer(CellLayer):
         second_bias: bool = False,
         vectors: bool = True,
         width: int | None = None,
+        biased: int | None = None,
     ) -> None:
         if num_heads < 1 or self.dim % num_heads:
             raise ValueError(f"num_heads: seen {num_heads}, wanted a divisor of dim = {self.dim}")
@@ -103,7 +105,8 @@ class CellMixer(CellLayer):
         gates = sum(name != "x" for name in cell.inputs) * self.width
         matrices = (len(cell.matrices) - bool(width)) * self.width
         self.weight_ih = nn.Parameter(torch.empty(gates, self.dim, **factory))
-        self.bias_ih = nn.Parameter(torch.empty(gates, **factory))
+        biases = gates if biased is None else biased * self.width
+        self.bias_ih = nn.Parameter(torch.empty(biases, **factory))
         self.weight_hh = nn.Parameter(torch.empty(matrices, self.dim // num_heads, **factory)) if matrices else None
         self.bias_hh = nn.Parameter(torch.empty(matrices, **factory)) if second_bias else None
         self.weight_hr = nn.Parameter(torch.empty(self.dim, width, **factory)) if width else None
@@ -138,7 +141,9 @@ class CellMixer(CellLayer):
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
         """The bias of all inputs, and the vectors."""
-        return (self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh), self.vectors
+        bias = self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh
+        missing = self.weight_ih.shape[0] - bias.shape[0]
+        return (functional.pad(bias, (0, missing)) if missing else bias), self.vectors
 
     def state_spec(self) -> dict[str, Any]:
         narrow = self.cell.projected if self.weight_hr is not None else ()

@@ -37,7 +37,7 @@ MAX_ITERATIONS = 32
 
 @dataclass(frozen=True)
 class Solution:
-    """`states` (B, T, S, D) after `iterations`, and the largest |r| / (1 + |h|) that is left."""
+    """`states` (B, T, S, D) after `iterations`, and the largest |r| that is left, relative to the states."""
 
     states: Tensor
     iterations: int
@@ -195,7 +195,9 @@ def solve(
     for iterations in range(max_iterations + 1):
         after, blocks = sequence.linearised(sequence.before(states, state))
         rest = after - states
-        residual = float((rest.abs() / (1 + after.abs())).max())
+        # Of a state that is large somewhere zeros count as zeros; of one that is small everywhere its size counts.
+        size = after.abs().amax((0, 1, 3), keepdim=True).clamp(torch.finfo(after.dtype).tiny, 1)
+        residual = float((rest.abs() / (size + after.abs())).max())
         if residual <= tolerance:
             return Solution(after, iterations, residual, True)
         if iterations == max_iterations or not residual < float("inf"):
