@@ -91,6 +91,4 @@ class AntisymmetricRNN(CellMixer):
         return U - U.mT - self.gamma * torch.eye(U.shape[-1], device=U.device, dtype=U.dtype)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        # No constant of the equations: kernels would be compiled anew for every step size that is tried.
-        wide = accumulation_dtype(self.bias_ih.dtype)
-        return self.bias_ih, self.bias_ih.new_full((1, self.dim), self.epsilon, dtype=wide)
+        return self.bias_ih, self._constants(self.epsilon)

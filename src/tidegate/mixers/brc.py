@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tidegate.nn.cell import CellMixer
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -70,5 +71,4 @@ class BRC(CellMixer):
         if self.vectors is not None:
             nn.init.ones_(self.vectors)
         if self.weight_hh is not None:
-            for block in self.weight_hh.split(self.weight_hh.shape[1]):  # QR is not there for half precision
-                block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=torch.float32)))
+            orthogonal_(self.weight_hh, self.weight_hh.shape[1])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.nn.cell import CellMixer
-from tidegate.nn.mixer import accumulation_dtype
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -83,7 +82,4 @@ class CoRNN(CellMixer):
             nn.init.uniform_(parameter, -bound, bound)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        # No constants of the equations: kernels would be compiled anew for all that is tried.
-        values = [getattr(self, name) for name in self.cell.vectors]
-        wide = accumulation_dtype(self.bias_ih.dtype)
-        return self.bias_ih, torch.stack([self.bias_ih.new_full((self.dim,), v, dtype=wide) for v in values])
+        return self.bias_ih, self._constants(*(getattr(self, name) for name in self.cell.vectors))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tidegate.nn.cell import CellMixer
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -65,10 +66,9 @@ class Elman(CellMixer):
         if self.recurrent_init == "uniform":
             return
         assert self.weight_hh is not None
-        for block in self.weight_hh.view(self.num_heads, -1, self.weight_hh.shape[1]):
-            if self.recurrent_init == "identity":
+        if self.recurrent_init == "orthogonal":
+            orthogonal_(self.weight_hh, self.weight_hh.shape[1])
+        else:
+            for block in self.weight_hh.split(self.weight_hh.shape[1]):
                 torch.nn.init.eye_(block)
-            else:  # its QR decomposition is not there for half precision
-                block.copy_(torch.nn.init.orthogonal_(torch.empty_like(block, dtype=torch.float32)))
-        if self.recurrent_init == "identity":
             self._set_bias("W_h", 0.0)

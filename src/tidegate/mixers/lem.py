@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tidegate.nn.cell import CellMixer
-from tidegate.nn.mixer import accumulation_dtype
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -67,6 +66,4 @@ class LEM(CellMixer):
         self._build(CELL, num_heads, device, dtype, vectors=False)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        # No constant of the equations: kernels would be compiled anew for every dt that is tried.
-        wide = accumulation_dtype(self.bias_ih.dtype)
-        return self.bias_ih, self.bias_ih.new_full((1, self.dim), self.dt, dtype=wide)
+        return self.bias_ih, self._constants(self.dt)

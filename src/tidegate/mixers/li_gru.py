@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tidegate.nn.cell import CellMixer
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -73,8 +74,6 @@ class LiGRU(CellMixer):
         assert self.weight_hh is not None
         bound = math.sqrt(6 / (self.dim + self.weight_ih.shape[1]))
         nn.init.uniform_(self.weight_ih, -bound, bound)
-        for block in self.weight_hh.split(self.weight_hh.shape[1]):
-            # The QR decomposition behind it is not there for half precision.
-            block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=torch.float32)))
+        orthogonal_(self.weight_hh, self.weight_hh.shape[1])
         self._set_bias("W_z", self.forget_bias)
         self._set_bias("W_n", 0.0)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tidegate.nn.cell import CellMixer
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -72,14 +73,9 @@ class MultiplicativeLSTM(CellMixer):
         assert self.weight_hh is not None
         for weight, heads in ((self.weight_ih, 1), (self.weight_hh, self.num_heads)):
             for block in weight.view(5, heads, -1, weight.shape[1]).transpose(0, 1):
-                _orthogonal(block[0])
-                _orthogonal(block[1:])
+                orthogonal_(block[0])
+                gates = block[1:].flatten(0, 1)
+                orthogonal_(gates)
+                block[1:] = gates.view_as(block[1:])
         nn.init.zeros_(self.bias_ih)
         self._set_bias("W_f", self.forget_bias)
-
-
-def _orthogonal(blocks: Tensor) -> None:
-    """Fill the blocks, the rows of one matrix."""
-    drawn = torch.empty(blocks.shape, device=blocks.device)  # float32: QR is not there for half precision
-    nn.init.orthogonal_(drawn.view(-1, drawn.shape[-1]))
-    blocks.copy_(drawn)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tidegate.nn.mixer import Mixer, accumulation_dtype
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.nn.parts import split_heads, token_shift
 from tidegate.ops import linear_attention
 from tidegate.registry import register
@@ -109,8 +110,7 @@ class RWKV6(Mixer):
             down.zero_()
             up.uniform_(-0.01, 0.01)
         for part, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0), (self.g_proj, 0.1)):
-            # The decomposition behind it knows no half precision.
-            part.weight.copy_(nn.init.orthogonal_(torch.empty(D, D, dtype=torch.float32), gain=gain))
+            orthogonal_(part.weight, gain=gain)
         self.o_proj.weight.zero_()
         self.norm_weight.fill_(((1 + self.layer_index) / self.num_layers) ** 0.7)
         self.norm_bias.zero_()

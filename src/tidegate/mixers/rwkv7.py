@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.nn.mixer import Mixer, accumulation_dtype
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.nn.parts import token_shift
 from tidegate.ops import dplr
 from tidegate.ops.pointwise import token_mix
@@ -124,10 +125,10 @@ class RWKV7(Mixer):
             pairs.append((self.v_down, self.v_up))
         for down, up in pairs:
             down.zero_()
-            _orthogonal(up, 0.1)
-        _orthogonal(self.r_proj.weight, 1.0)
-        _orthogonal(self.k_proj.weight, 0.1)
-        _orthogonal(self.v_proj.weight, 1.0)
+            orthogonal_(up, gain=0.1)
+        orthogonal_(self.r_proj.weight, gain=1.0)
+        orthogonal_(self.k_proj.weight, gain=0.1)
+        orthogonal_(self.v_proj.weight, gain=1.0)
         self.o_proj.weight.zero_()
         self.norm_weight.fill_(((1 + self.layer_index) / self.num_layers) ** 0.7)
         self.norm_bias.zero_()
@@ -173,8 +174,3 @@ class RWKV7(Mixer):
             side["v_first"] = v
             return v
         return v + (side["v_first"] - v) * torch.sigmoid(self.v_bias + (xv @ self.v_down) @ self.v_up)
-
-
-def _orthogonal(weight: Tensor, gain: float) -> None:
-    # The decomposition behind it knows no half precision.
-    weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32), gain=gain))

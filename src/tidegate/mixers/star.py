@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from tidegate.nn.cell import CellMixer, check_chrono
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -61,9 +61,8 @@ class STAR(CellMixer):
     def reset_parameters(self) -> None:
         """See the class docstring."""
         assert self.weight_hh is not None
-        for part in (*self.weight_ih.split(self.dim), *self.weight_hh.split(self.weight_hh.shape[1])):
-            # The QR decomposition behind it is not there for half precision.
-            part.copy_(nn.init.orthogonal_(torch.empty_like(part, dtype=torch.float32)))
+        orthogonal_(self.weight_ih, self.dim)
+        orthogonal_(self.weight_hh, self.weight_hh.shape[1])
         keep = self.forget_bias if self.chrono_length is None else self._chrono_bias(self.chrono_length)
         self._set_bias("W_z", 0.0)
         self._set_bias("W_k", -keep)

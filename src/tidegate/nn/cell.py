@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tidegate.nn.mixer import Mixer
+from tidegate.nn.mixer import Mixer, accumulation_dtype
 from tidegate.ops.cell import Cell
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -144,6 +144,11 @@ class CellMixer(CellLayer):
         bias = self.bias_ih if self.bias_hh is None else self.bias_ih + self.bias_hh
         missing = self.weight_ih.shape[0] - bias.shape[0]
         return (functional.pad(bias, (0, missing)) if missing else bias), self.vectors
+
+    def _constants(self, *values: float) -> Tensor:
+        """Numbers of the equations as vectors: written into the equations, each would compile kernels of its own."""
+        wide = accumulation_dtype(self.bias_ih.dtype)
+        return torch.stack([self.bias_ih.new_full((self.width,), value, dtype=wide) for value in values])
 
     def state_spec(self) -> dict[str, Any]:
         narrow = self.cell.projected if self.weight_hr is not None else ()

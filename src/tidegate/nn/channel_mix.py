@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.nn.mixer import Mixer
+from tidegate.nn.orthogonal import orthogonal_
 from tidegate.nn.parts import token_shift
 from tidegate.segments import Segments
 from tidegate.state import State
@@ -45,8 +46,7 @@ class ChannelMix(Mixer):
         """As the authors train it: orthogonal in, zero out, less of the past in deeper layers."""
         shallow = 1 - self.layer_index / self.num_layers
         self.mix.copy_(1 - (torch.arange(self.dim, dtype=torch.float64) / self.dim) ** shallow**4)
-        weight = self.in_proj.weight
-        weight.copy_(nn.init.orthogonal_(torch.empty(weight.shape, dtype=torch.float32)))
+        orthogonal_(self.in_proj.weight)
         self.out_proj.weight.zero_()
 
     def state_spec(self):
