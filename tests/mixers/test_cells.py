@@ -172,7 +172,7 @@ def test_equals_torch_with_torch_weights(name, options, module, more):
     [
         ("antisymmetric-rnn", {"epsilon": 0.0}, "epsilon: seen 0.0, wanted a step size above 0"),
         ("antisymmetric-rnn", {"gamma": -0.1}, "gamma: seen -0.1, wanted a strength of diffusion of at least 0"),
-        ("brc", {"num_heads": 2}, "num_heads: seen 2 without neuromodulated=True"),
+        ("brc", {"num_heads": 3}, "num_heads: seen 3, wanted a divisor of dim = 8"),
         ("co-rnn", {"dt": 0.0}, "dt: seen 0.0, wanted more than 0"),
         ("co-rnn", {"gamma": -1.0}, "gamma: seen -1.0, wanted more than 0"),
         ("co-rnn", {"epsilon": 0.0}, "epsilon: seen 0.0, wanted more than 0"),

@@ -11,10 +11,10 @@ from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
 CELLS = {
-    False: Cell("h = h + epsilon * tanh(W_h @ x + A @ h)", "h"),
+    False: Cell("h = h + epsilon * tanh(W_h @ x + A @ h - gamma * h)", "h"),
     True: Cell(
         """
-        v = A @ h
+        v = A @ h - gamma * h
         z = sigmoid(W_z @ x + v)
         h = h + epsilon * z * tanh(W_h @ x + v)
         """,
@@ -88,7 +88,7 @@ class AntisymmetricRNN(CellMixer):
         U = super()._matrices()
         assert U is not None
         U = U.to(accumulation_dtype(U.dtype))
-        return U - U.mT - self.gamma * torch.eye(U.shape[-1], device=U.device, dtype=U.dtype)
+        return U - U.mT
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        return self.bias_ih, self._constants(self.epsilon)
+        return self.bias_ih, self._constants(*(getattr(self, name) for name in self.cell.vectors))

@@ -39,7 +39,8 @@ class BRC(CellMixer):
     - w_a and w_c are vectors: a channel sees no other, they meet in the next layer.
     - `neuromodulated` (the nBRC) makes them matrices U_a and U_c, so that channels set each other's feedback. That is a
       GRU with reset="before" whose candidate sees its own channel alone, U_n = 2 I.
-    - `num_heads` makes U block-diagonal: heads do not see each other, and the recurrence costs that much less.
+    - `num_heads` makes U block-diagonal: heads do not see each other, and the recurrence costs that much less. Without
+      matrices it changes nothing.
     - b_h is not in the authors' code. It starts at zero; what pushes a channel always one way costs it one of the two
       places.
 
@@ -58,8 +59,6 @@ class BRC(CellMixer):
     ) -> None:
         super().__init__()
         self.dim, self.neuromodulated = dim, neuromodulated
-        if num_heads != 1 and not neuromodulated:
-            raise ValueError(f"num_heads: seen {num_heads} without neuromodulated=True, but there are no matrices then")
         self._build(CELLS[neuromodulated], num_heads, device, dtype)
 
     @torch.no_grad()

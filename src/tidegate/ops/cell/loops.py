@@ -60,10 +60,11 @@ def pack(begin, end, matrices, own, H, d, outputs, inner, transposed, packed):
                 row = ((own[k // outputs] * H + head) * d + k % outputs) * d
                 copy_floats(matrices, row + first, packed, at + k * PANEL, there)
         else:
-            for j in range(there):
-                row = ((own[(first + j) // outputs] * H + head) * d + (first + j) % outputs) * d
-                for k in range(depth):
-                    packed[at + k * PANEL + j] = matrices[row + k]
+            for k in range(0, depth, LANES):  # so that what is written stays in the first cache
+                for j in range(there):
+                    row = ((own[(first + j) // outputs] * H + head) * d + (first + j) % outputs) * d
+                    for i in range(k, min(k + LANES, depth)):
+                        packed[at + i * PANEL + j] = matrices[row + i]
 
 
 @jit_inside

@@ -199,10 +199,11 @@ def _backward_op(
     R, size, D, code = _rows(B), cell.kernels.sizes, H * d, cell.kernels
     problems, w = -(-B // R) * H, kernels.pad(d)
     empty = torch.zeros if codes is not None else torch.empty
-    # Where the gradients of all inputs are those of the products, in their order, they need no memory of their own.
+    # Where the gradients of all inputs are those of the products, in their order, one memory serves both.
     memory = {product.matrix: m for m, product in enumerate(code.matrices)}
     one = H == 1 and [memory.get(code.same.get(name, "")) for name in cell.inputs] == [*range(size["M"])]
-    dx, dp = empty(B, T, 0 if one else size["G"], D), empty(B, T, H, size["M"], d)
+    dp = empty(B, T, H, size["M"], d)
+    dx = dp.flatten(2, 3) if one else empty(B, T, size["G"], D)
     dstate = torch.empty(B, size["S"], D)
     dv = torch.empty(problems, size["V"], d)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
@@ -230,11 +231,7 @@ def _backward_op(
         for number, gradient in zip(own, found.unbind(1), strict=True):
             dmatrices[number, :, :rows, :columns] = gradient
         first += len(group)
-    # 2. Inputs and vectors whose gradient is a product's.
-    dx = dp.flatten(2, 3) if one else dx
-    for name, matrix in code.same.items():
-        if name in cell.inputs and not one:
-            dx[:, :, cell.inputs.index(name)] = dp[:, :, :, memory[matrix]].flatten(2)
+    # 2. Vectors whose gradient is a product's.
     dvectors = dv.unflatten(0, (-1, H)).sum(0).movedim(0, 1).flatten(1) if size["V"] else torch.empty(vectors.shape)
     for name, matrix in code.same.items():
         if name in cell.vectors:

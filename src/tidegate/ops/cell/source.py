@@ -74,7 +74,7 @@ class Kernels:
 
     @cached_property
     def same(self) -> dict[str, str]:
-        """Inputs and vectors whose gradient is, for every token, that of a product: they need none of their own."""
+        """Inputs and vectors whose gradient is, for every token, that of a product."""
         results = [dict(derivatives.backward(self.program, k).results) for k in range(self.program.levels)]
 
         def flows(name: Symbol) -> list[tuple[int, Expr]]:
@@ -292,11 +292,11 @@ class Kernels:
         loads = {symbol: self.places[symbol] for symbol in sorted(read, key=str)}
         lines = "".join(f"    {identifier(seed)} = {' + '.join(names)}\n" for seed, names in seeds)
 
-        same = self.same
+        summed = {gradient(Symbol(name)) for name in self.same if name in self.program.vectors}
         targets, results, totals = [], [], []
         for target, expression in done.results:
-            if any(gradient(Symbol(name)) == target for name in same):
-                continue  # its product's gradient serves
+            if target in summed:
+                continue  # summed over its product's gradient
             if target in {gradient(mean.symbol) for mean in self.means}:
                 totals.append((target, expression))
                 continue
