@@ -230,7 +230,7 @@ def test_an_antisymmetric_network_at_initialisation():
     for num_heads in (1, 4):
         cell, width = mixers.build("antisymmetric-rnn", dim, num_heads=num_heads), dim // num_heads
         A = cell._matrices().detach()[0]
-        near(torch.diagonal(A, dim1=1, dim2=2), torch.full((num_heads, width), -cell.gamma), 1e-7)
+        near(A, -A.mT, 1e-7)  # gamma is a term of the equation
         upper = A[:, *torch.triu_indices(width, width, 1)]
         assert abs(float(upper.std()) * width**0.5 - 1) < 0.03
         assert 1.7 < torch.linalg.eigvals(A).imag.max() < 2.2
@@ -316,3 +316,10 @@ def test_a_multiplicative_lstm_at_initialisation():
 )
 def test_the_number_of_parameters(name, options, wanted):
     assert sum(p.numel() for p in mixers.build(name, D, **options).parameters()) == wanted
+
+
+def test_shares_of_a_fast_rnn_stay_below_one_in_half_precision():
+    cell = mixers.build("fast-rnn", 16, alpha_logit=-7.0, dtype=torch.bfloat16)
+    beta = cell._biases()[1][1]
+    assert beta.dtype == torch.float32
+    near(beta, torch.full((16,), 7.0).sigmoid(), 1e-6)

@@ -175,6 +175,38 @@ def test_zoneout_keeps_channels_or_moves_all_by_their_share(name, zoneout, train
         close(seen[0], wanted)
 
 
+def test_zoneout_moves_exactly_or_not_at_all():
+    rnn = RNN("elman", 1, 2, nonlinearity="relu", zoneout=0.5, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.fill_(0.0)
+        rnn.layers[0].weight_ih.fill_(1.0)
+    torch.manual_seed(0)
+    x = torch.tensor([1e30, 3e-30], dtype=torch.float64)[:, None, None].expand(2, 50, 1)
+    y, _ = rnn(x, torch.ones(1, 50, 2, dtype=torch.float64))
+    assert {*y[0].flatten().tolist()} == {1.0, 1e30}
+    assert {*y[1].flatten().tolist()} == {1.0, 1e30, 3e-30}  # not rounded away beside what was there
+    y, _ = rnn(torch.full((1, 50, 1), torch.inf, dtype=torch.float64), torch.ones(1, 50, 2, dtype=torch.float64))
+    assert {*y.flatten().tolist()} == {1.0, torch.inf}
+
+
+def test_what_regularises_can_be_set_later():
+    rnn = RNN("lstm", 5, 8, num_layers=2)
+    assert (rnn.layers[0].zoneout, rnn.layers[1].weight_dropout) == ({}, 0.0)
+    rnn.layers[1].zoneout = 0.25
+    assert "zoneout={'h': 0.25, 'c': 0.25}" in repr(rnn)
+    with pytest.raises(ValueError, match="PyTorch has no lstm, zoneout="):
+        rnn.to_torch()
+    rnn.layers[1].zoneout = {"c": 0.0}
+    rnn.layers[0].weight_dropout = 0.5
+    with pytest.raises(ValueError, match=r"PyTorch has no lstm, weight_dropout=0\.5"):
+        rnn.to_torch()
+    rnn.layers[0].weight_dropout = 0.0
+    rnn.to_torch()
+    rnn.layers[0].zoneout["h"] = 5.0  # a copy
+    assert rnn.layers[0].zoneout == {}
+
+
 def test_zoneout_leaves_out_as_many_as_it_says():
     torch.manual_seed(0)
     rnn = RNN("elman", 5, 64, zoneout=0.25, dtype=torch.float64)
@@ -244,10 +276,16 @@ def test_errors():
         (lambda: RNN("lstm", 5, 8, dropout=1.0), "dropout: seen 1.0"),
         (lambda: RNN("lstmm", 5, 8), "lstmm"),
         (lambda: RNN("gru", 5, 8, weight_dropout=1.0), "weight_dropout: seen 1.0"),
+        (
+            lambda: RNN("brc", 8, 8, weight_dropout=0.5),
+            "weight_dropout: seen 0.5, but this cell has no recurrent",
+        ),
+        (lambda: RNN("gru", 5, 8, zoneout="0.1"), "zoneout: seen '0.1', wanted a share"),
+        (lambda: RNN("lstm", 5, 8, proj_size=2.5), "proj_size: seen 2.5, wanted less than"),
         (lambda: RNN("gru", 5, 8, zoneout=-0.1), "zoneout: seen -0.1, wanted a share from 0 to below 1"),
         (lambda: RNN("gru", 5, 8, zoneout={"c": 0.1}), "zoneout: seen 'c', wanted states of the cell: h"),
         (lambda: RNN("gla", 5, 8, num_heads=2, zoneout=0.1), "zoneout: seen 0.1, but 'gla' is more than a cell"),
-        (lambda: RNN("gru", 5, 8, zoneout=0.1).to_torch(), "cell: PyTorch has no gru, zoneout=0.1"),
+        (lambda: RNN("gru", 5, 8, zoneout=0.1).to_torch(), "cell: PyTorch has no gru, zoneout={'h': 0.1}"),
         (lambda: RNN("lstm", 5, 8, peepholes=True), "no option 'peepholes', did you mean 'peephole'"),
         (lambda: RNN("bidirectional", 5, 8), "cell: 'bidirectional' cannot be read from left to right"),
         (lambda: RNN.from_torch(nn.Linear(2, 2)), "module: seen Linear, wanted torch.nn.LSTM, GRU or RNN"),

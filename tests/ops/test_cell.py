@@ -304,6 +304,24 @@ def test_half_precision_is_computed_in_float32():
         assert torch.equal(last, wide_last)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_makes_no_difference(default):
+    cell = CELLS["lstm"][0]
+    given = arguments(cell)
+    wanted = kernel(cell, given)
+    torch.set_default_dtype(default)
+    try:
+        with tidegate.backend("numba"):
+            leaves = [x.float().requires_grad_() for x in given]
+            y, last = cell(*leaves)
+            found = torch.autograd.grad((y.sum(), last.sum()), leaves, materialize_grads=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(y, wanted["y"])
+    assert torch.equal(last, wanted["state"])
+    assert all(g.dtype == torch.float32 for g in found)
+
+
 def test_gradients_are_those_of_finite_differences():
     given = [x.requires_grad_() for x in arguments(CELLS["gru-before"][0], 2, 3, 2, 4)]
     segments = Segments.packed([[2, 1], [3]], continues=True)

@@ -123,7 +123,7 @@ def test_arguments_are_checked():
 
 def test_projections_are_checked():
     cell = mixers.build("lstm", 3, hidden_size=4).cell
-    for heads, projected_dim in ((2, 2), (1, 0), (1, 5)):
+    for heads, projected_dim in ((2, 2), (1, 0), (1, 5), (1, 2.5)):
         wanted = f"seen {projected_dim} for {heads} heads of {4 // heads}, wanted one head and 1 to {4 // heads}"
         with pytest.raises(ValueError, match=f"^projected_dim: {wanted}"):
             cell(*arguments(cell, 2, 3, heads, 4), projected_dim=projected_dim)

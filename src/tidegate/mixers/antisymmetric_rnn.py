@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -70,9 +72,9 @@ class AntisymmetricRNN(CellMixer):
     ) -> None:
         super().__init__()
         self.dim, self.gated, self.epsilon, self.gamma = dim, gated, epsilon, gamma
-        if not epsilon > 0:
+        if not 0 < epsilon < math.inf:
             raise ValueError(f"epsilon: seen {epsilon}, wanted a step size above 0")
-        if not gamma >= 0:
+        if not 0 <= gamma < math.inf:
             raise ValueError(f"gamma: seen {gamma}, wanted a strength of diffusion of at least 0")
         self._build(CELLS[gated], num_heads, device, dtype, vectors=False)
 

@@ -44,7 +44,8 @@ class BRC(CellMixer):
     - b_h is not in the authors' code. It starts at zero; what pushes a channel always one way costs it one of the two
       places.
 
-    Initialisation (official code): W Glorot uniform, w_a = w_c = 1, U orthogonal, biases zero.
+    Initialisation (official code): W Glorot uniform, w_a = w_c = 1, biases zero, and U orthogonal, as in
+    its first version; later it is Glorot's, too.
     Source: arXiv 2006.05252; heads 2412.07752. Shapes: x, y (B, T, dim). State: h (dim).
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -65,7 +67,7 @@ class CoRNN(CellMixer):
         super().__init__()
         self.dim, self.dt, self.gamma, self.epsilon, self.implicit = dim, dt, gamma, epsilon, implicit
         for name, value in (("dt", dt), ("gamma", gamma), ("epsilon", epsilon)):
-            if not value > 0:
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name}: seen {value}, wanted more than 0")
         if implicit and dt**2 * gamma >= 4 + 2 * dt * epsilon:
             raise ValueError(f"dt: seen {dt}, too long a step: wanted dt^2 gamma < 4 + 2 dt epsilon")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tidegate.nn.cell import CellMixer
+from tidegate.nn.mixer import accumulation_dtype
 from tidegate.ops.cell import Cell
 from tidegate.registry import register
 
@@ -100,7 +101,9 @@ class FastRNN(CellMixer):
             nn.init.constant_(self.gate_bias, self.forget_bias)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        vectors = torch.sigmoid(self.shares)[:, None].expand(-1, self.dim)
+        wide = accumulation_dtype(self.shares.dtype)  # in half precision a share near 1 would be 1
+        vectors = torch.sigmoid(self.shares.to(wide))[:, None].expand(-1, self.dim)
         if self.gate_bias is not None:
-            vectors = torch.cat([(self.gate_bias - self.bias_ih)[None], vectors])
+            more = self.gate_bias.to(wide) - self.bias_ih.to(wide)
+            vectors = torch.cat([more[None], vectors])
         return self.bias_ih, vectors

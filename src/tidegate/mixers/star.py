@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tidegate.nn.cell import CellMixer, check_chrono
@@ -52,6 +54,8 @@ class STAR(CellMixer):
         super().__init__()
         self.dim, self.beta, self.forget_bias, self.chrono_length = dim, beta, forget_bias, chrono_length
         check_chrono(chrono_length)
+        if not math.isfinite(beta):
+            raise ValueError(f"beta: seen {beta}, wanted a finite number")
         lines = ["z = tanh(W_z @ x)", "s = W_k @ x + U_k @ h", "k = sigmoid(s)"]
         share = f"sigmoid(s + {beta})" if beta else "k"
         lines += [f"h = tanh((1 - k) * h + {share} * z)"]

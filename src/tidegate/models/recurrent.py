@@ -30,7 +30,8 @@ class RNN(nn.Module):
       own. A cell takes `input_size` by its input weights; other mixers get a linear map in front where it differs.
     - `proj_size` P > 0 makes outputs and the state h that narrow, as in torch.nn.LSTM (arXiv 1402.1128).
     - `dropout` is between layers. With `variational=True` one mask serves all tokens of a sequence (arXiv 1512.05287).
-    - `weight_dropout` and `zoneout` regularise the recurrence itself: see `tidegate.nn.cell.CellMixer`.
+    - `weight_dropout` and `zoneout` regularise the recurrence itself: they are set on all layers, see
+      `tidegate.nn.cell.CellMixer`.
     - `batch_first=False`, as in PyTorch, means (T, B, ...) for input and output; (T, ...) without batch is taken, too.
     - A `PackedSequence` is taken and given back; `segments` (B, T) says the same and more: documents in a row.
     - `hx` is a tensor for a cell of one state, else a tuple in the order of the cell's states (h and c for "lstm"),
@@ -71,10 +72,9 @@ class RNN(nn.Module):
             if size < 1:
                 raise ValueError(f"{name}: seen {size}, wanted at least 1")
         check_share("dropout", dropout)
-        check_share("weight_dropout", weight_dropout)
         if not registry.info(cell).streams:
             raise ValueError(f"cell: {cell!r} cannot be read from left to right; see `tidegate list`")
-        if not 0 <= proj_size < hidden_size:
+        if not isinstance(proj_size, int) or not 0 <= proj_size < hidden_size:
             raise ValueError(
                 f"proj_size: seen {proj_size}, wanted less than hidden_size = {hidden_size}, or 0 for none"
             )
@@ -84,7 +84,6 @@ class RNN(nn.Module):
             options = {**options, "hidden_size": hidden_size}
         self.cell, self.input_size, self.hidden_size, self.num_layers = cell, input_size, hidden_size, num_layers
         self.batch_first, self.dropout, self.variational = batch_first, dropout, variational
-        self.weight_dropout, self.zoneout = weight_dropout, zoneout
         self.bidirectional, self.proj_size, self.options = bidirectional, proj_size, options
         self.directions = 2 if bidirectional else 1
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -96,12 +95,16 @@ class RNN(nn.Module):
             for index, width in enumerate(widths)
             for _ in range(self.directions)
         )
-        for layer in self.layers if weight_dropout or zoneout else ():
+        self._set("weight_dropout", weight_dropout)
+        self._set("zoneout", zoneout)
+
+    def _set(self, name: str, value: Any) -> None:
+        """An attribute of all layers."""
+        for layer in self.layers if value else ():
             mixer = _mixer(layer)
             if not isinstance(mixer, CellMixer):
-                name = "weight_dropout" if weight_dropout else "zoneout"
-                raise ValueError(f"{name}: seen {getattr(self, name)}, but {cell!r} is more than a cell; wanted 0")
-            mixer.weight_dropout, mixer.zoneout = weight_dropout, zoneout
+                raise ValueError(f"{name}: seen {value}, but {self.cell!r} is more than a cell; wanted 0")
+            setattr(mixer, name, value)
 
     def reset_parameters(self) -> None:
         """Every layer as it initialises itself."""
@@ -228,8 +231,10 @@ class RNN(nn.Module):
         left_out = ("forget_bias", "chrono_length", "recurrent_init", "hidden_size")
         own = {k: v for k, v in layer.config().items() if k not in left_out and v != plain.config()[k]}
         given: dict[str, Any] = {"nonlinearity": own.pop("nonlinearity")} if "nonlinearity" in own else {}
-        for name in ("variational", "weight_dropout", "zoneout"):
-            own |= {name: getattr(self, name)} if getattr(self, name) else {}
+        own |= {"variational": True} if self.variational else {}
+        for name in ("weight_dropout", "zoneout"):
+            drops = [getattr(_mixer(layer), name) for layer in self.layers]
+            own |= {name: next(drop for drop in drops if drop)} if any(drops) else {}
         if self.cell not in _TORCH or own:
             seen = [self.cell, *(f"{k}={v!r}" for k, v in own.items())]
             raise ValueError(f"cell: PyTorch has no {', '.join(seen)}; it has lstm, gru and elman as they are")

@@ -73,13 +73,14 @@ class CellMixer(CellLayer):
     - `weight_dropout`, the share of numbers of `weight_hh` that are zero during a call in training, the same for all
       its tokens (DropConnect, arXiv 1708.02182);
     - `zoneout`, the probability with which a channel of a state stays as it was, token by token (1606.01305), for all
-      states or as {"h": 0.05, "c": 0.5}. Outside of training every state moves by its expected share instead.
+      states or as {"h": 0.05, "c": 0.5}. Outside of training every state moves by its expected share instead. No part
+      of `config()` either: it has to be set again where a mixer is built anew.
 
     State: every state of the cell (dim, or width where it is not projected).
     """
 
-    weight_dropout: float = 0.0
     num_heads: int
+    _weight_dropout: float = 0.0
     _zoneout: Mapping[str, float] = MappingProxyType({})
     _zoned: Cell | None = None  # the cell with zoneout
     width: int
@@ -145,6 +146,10 @@ class CellMixer(CellLayer):
         missing = self.weight_ih.shape[0] - bias.shape[0]
         return (functional.pad(bias, (0, missing)) if missing else bias), self.vectors
 
+    def extra_repr(self) -> str:
+        drops = {"weight_dropout": self._weight_dropout, "zoneout": dict(self._zoneout)}
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in drops.items() if value)])
+
     def _constants(self, *values: float) -> Tensor:
         """Numbers of the equations as vectors: written into the equations, each would compile kernels of its own."""
         wide = accumulation_dtype(self.bias_ih.dtype)
@@ -159,8 +164,8 @@ class CellMixer(CellLayer):
         if self.weight_hh is None:
             return None
         weight: Tensor = self.weight_hh
-        if self.training and self.weight_dropout > 0:
-            weight = functional.dropout(weight, self.weight_dropout)
+        if self.training and self._weight_dropout > 0:
+            weight = functional.dropout(weight, self._weight_dropout)
         if self.weight_hr is None:
             return weight.unflatten(0, (-1, self.num_heads, self.width // self.num_heads))
         others = functional.pad(weight, (0, self.width - self.dim)).unflatten(0, (-1, self.width))
@@ -202,9 +207,21 @@ class CellMixer(CellLayer):
         return y[..., : self.dim], State({name: x[:, : state[name].shape[-1]] for name, x in after.items()})
 
     @property
+    def weight_dropout(self) -> float:
+        """See the class. Raises ValueError for what is no share, and for a cell without recurrent matrices."""
+        return self._weight_dropout
+
+    @weight_dropout.setter
+    def weight_dropout(self, share: float) -> None:
+        check_share("weight_dropout", share)
+        if share and self.weight_hh is None:
+            raise ValueError(f"weight_dropout: seen {share}, but this cell has no recurrent matrices; wanted 0")
+        self._weight_dropout = share
+
+    @property
     def zoneout(self) -> Mapping[str, float]:
         """See the class. May be set to a number, for all states, too; raises ValueError for what is no probability."""
-        return self._zoneout
+        return dict(self._zoneout)
 
     @zoneout.setter
     def zoneout(self, given: float | Mapping[str, float]) -> None:
@@ -215,21 +232,24 @@ class CellMixer(CellLayer):
             check_share("zoneout", share)
         self._zoneout = {name: given[name] for name in self.cell.states if given.get(name)}
         # The states that it is about go only part of the way, by one more input each.
-        before = [f"{name}_before = {name}" for name in self._zoneout]
-        after = [f"{name} = {name}_before + (moves_{name} @ x) * ({name} - {name}_before)" for name in self._zoneout]
-        lines = [*before, self.cell.equations, *after]
+        lines = [f"zoneout_{name} = {name}" for name in self._zoneout] + [self.cell.equations]
+        for name in self._zoneout:
+            old, moves = f"zoneout_{name}", f"(moves_{name} @ x)"
+            part = f"{old} + {moves} * ({name} - {old})"  # exactly the one or the other where it is all or nothing
+            lines.append(f"{name} = where(0 < {moves}, where({moves} < 1, {part}, {name}), {old})")
         self._zoned = Cell("\n".join(lines), self.cell.states) if self._zoneout else None
 
     def _moves(self, inputs: Tensor) -> list[Tensor]:
         """How far each of these states moves at every token, (B, T, 1, width) each."""
-        shares = [torch.full_like(inputs[:, :, :1], 1.0 - share) for share in self._zoneout.values()]
-        return [torch.bernoulli(share) for share in shares] if self.training else shares
+        like = inputs[:, :, :1].to(accumulation_dtype(inputs.dtype))
+        moves = [torch.full_like(like, 1.0 - share) for share in self._zoneout.values()]
+        return [(torch.bernoulli(share) if self.training else share).to(inputs.dtype) for share in moves]
 
 
 def check_share(argument: str, share: float) -> None:
     """Raises ValueError for what is no share from 0 to below 1."""
-    if not 0 <= share < 1:
-        raise ValueError(f"{argument}: seen {share}, wanted a share from 0 to below 1")
+    if not isinstance(share, int | float) or not 0 <= share < 1:
+        raise ValueError(f"{argument}: seen {share!r}, wanted a share from 0 to below 1")
 
 
 def check_chrono(length: int | None) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tidegate.nn.mixer import accumulation_dtype
+
 
 @torch.no_grad()
 def orthogonal_(weight: Tensor, rows: int | None = None, gain: float = 1.0) -> None:
@@ -14,4 +16,4 @@ def orthogonal_(weight: Tensor, rows: int | None = None, gain: float = 1.0) -> N
     """
     for block in weight.split(rows or weight.shape[0]):
         # PyTorch's QR decomposition is not there for half precision.
-        block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=torch.float32), gain=gain))
+        block.copy_(nn.init.orthogonal_(torch.empty_like(block, dtype=accumulation_dtype(block.dtype)), gain=gain))

@@ -147,7 +147,7 @@ class Cell:
             raise ValueError(
                 "projected_dim: this cell has no state that is a product and goes into products only, h = R @ ..."
             )
-        if heads != 1 or not 1 <= projected_dim <= width:
+        if heads != 1 or projected_dim != int(projected_dim) or not 1 <= projected_dim <= width:
             raise ValueError(
                 f"projected_dim: seen {projected_dim} for {heads} heads of {width}, wanted one head and 1 to {width}"
             )

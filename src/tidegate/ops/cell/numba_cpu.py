@@ -161,11 +161,13 @@ def _forward_op(
     cell = find(key)
     B, T, H, d = _sizes(cell, inputs, matrices)
     R, size, D = _rows(B), cell.kernels.sizes, H * d
-    empty = torch.zeros if codes is not None else torch.empty  # passes leave out padding
+    of = functools.partial(torch.empty, dtype=inputs.dtype)
+    zeros = functools.partial(torch.zeros, dtype=inputs.dtype)
+    empty = of if codes is None else zeros  # passes leave out padding
     kept = T if keep else 1
     y, e = empty(B, T, D), empty(B, kept, size["E"], D)
-    last, old = torch.empty(B, size["S"], D), torch.empty(B, kept, size["S"], D)
-    p, mu = (torch.zeros if narrow else torch.empty)(B, kept, H, size["M"], d), torch.empty(kept, H, size["Q"], B)
+    last, old = of(B, size["S"], D), of(B, kept, size["S"], D)
+    p, mu = (zeros if narrow else of)(B, kept, H, size["M"], d), of(kept, H, size["Q"], B)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
     given = (kernels.flat(inputs), kernels.flat(vectors), kernels.flat(state), flags)
     results = tuple(x.numpy().reshape(-1) for x in (y, last, old, p, e, mu))
@@ -198,14 +200,15 @@ def _backward_op(
     B, T, H, d = _sizes(cell, inputs, matrices)
     R, size, D, code = _rows(B), cell.kernels.sizes, H * d, cell.kernels
     problems, w = -(-B // R) * H, kernels.pad(d)
-    empty = torch.zeros if codes is not None else torch.empty
+    of = functools.partial(torch.empty, dtype=inputs.dtype)
+    zeros = functools.partial(torch.zeros, dtype=inputs.dtype)
+    empty = of if codes is None else zeros
     # Where the gradients of all inputs are those of the products, in their order, one memory serves both.
     memory = {product.matrix: m for m, product in enumerate(code.matrices)}
     one = H == 1 and [memory.get(code.same.get(name, "")) for name in cell.inputs] == [*range(size["M"])]
     dp = empty(B, T, H, size["M"], d)
     dx = dp.flatten(2, 3) if one else empty(B, T, size["G"], D)
-    dstate = torch.empty(B, size["S"], D)
-    dv = torch.empty(problems, size["V"], d)
+    dstate, dv = of(B, size["S"], D), of(problems, size["V"], d)
     flags = np.zeros(0, np.uint8) if codes is None else kernels.flat(codes)
     given = [kernels.flat(inputs), kernels.flat(vectors), flags]
     weights = _weights(cell, matrices, narrow, transposed=True)
@@ -215,7 +218,7 @@ def _backward_op(
     arguments = (R, B, T, H, d, narrow or d, np.float32(clip), cut, *given, *results)
     _run(key, "backward", problems, arguments, (results[1], *weights), scratch)
     # 1. Matrices: one product over all tokens for each operand.
-    dmatrices = (torch.zeros if narrow else torch.empty)(matrices.shape)
+    dmatrices = (zeros if narrow else of)(matrices.shape)
     flows = dp.flatten(0, 1).movedim(1, 0)  # (H, B T, M, d)
     first = 0
     for group in code.groups:
@@ -232,7 +235,7 @@ def _backward_op(
             dmatrices[number, :, :rows, :columns] = gradient
         first += len(group)
     # 2. Vectors whose gradient is a product's.
-    dvectors = dv.unflatten(0, (-1, H)).sum(0).movedim(0, 1).flatten(1) if size["V"] else torch.empty(vectors.shape)
+    dvectors = dv.unflatten(0, (-1, H)).sum(0).movedim(0, 1).flatten(1) if size["V"] else of(vectors.shape)
     for name, matrix in code.same.items():
         if name in cell.vectors:
             dvectors[cell.vectors.index(name)] = dp[:, :, :, memory[matrix]].sum((0, 1)).flatten()
