@@ -254,3 +254,36 @@ PARTS: dict[str, Any] = {
     "softplus": lambda x: np.logaddexp(0, x),
     "where_negative": lambda x, yes, no: np.where(x < 0, yes, no),
 }
+
+
+# -- how they are compared ---------------------------------------------------------------------------------------------
+def results(function, given: list[Tensor], dtype=torch.float64) -> dict[str, Tensor]:
+    """y, the last state, and all gradients of one random combination of both."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    y, last = function(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (z * torch.randn(z.shape, generator=generator, dtype=torch.float32).to(z.dtype)).sum() for z in (y, last)
+    )
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    names = ("y", "state", "d inputs", "d matrices", "d vectors", "d state")
+    return dict(zip(names, (y, last, *gradients), strict=True))
+
+
+def layouts(batch: int, time: int):
+    """None, documents, padding with holes and a row without tokens, both."""
+    yield None
+    lengths = [[time], [1, time - 1], [time // 2, time - time // 2], [1] * time]
+    packed = Segments.packed([lengths[row % 4] for row in range(batch)], continues=True) if time > 2 else None
+    holes = torch.rand(batch, time) > 0.3
+    holes[-1] = False
+    yield Segments.padded(holes)
+    if packed:
+        yield packed
+        yield packed & Segments.padded(holes)
+
+
+def uncompiled(cell, given, segments=None, clip=0.0, cut=0, narrow=0):
+    codes = None if segments is None else segments.codes()
+    with interpreted():
+        return results(lambda *leaves: numba_cpu._call(cell.key, *leaves, codes, clip, cut, narrow, True)[:2], given)

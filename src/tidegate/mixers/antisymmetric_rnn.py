@@ -93,4 +93,4 @@ class AntisymmetricRNN(CellMixer):
         return U - U.mT
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        return self.bias_ih, self._constants(*(getattr(self, name) for name in self.cell.vectors))
+        return self.bias_ih, self._constants()

@@ -84,4 +84,4 @@ class CoRNN(CellMixer):
             nn.init.uniform_(parameter, -bound, bound)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        return self.bias_ih, self._constants(*(getattr(self, name) for name in self.cell.vectors))
+        return self.bias_ih, self._constants()

@@ -66,4 +66,4 @@ class LEM(CellMixer):
         self._build(CELL, num_heads, device, dtype, vectors=False)
 
     def _biases(self) -> tuple[Tensor, Tensor | None]:
-        return self.bias_ih, self._constants(self.dt)
+        return self.bias_ih, self._constants()

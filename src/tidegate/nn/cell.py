@@ -150,9 +150,12 @@ class CellMixer(CellLayer):
         drops = {"weight_dropout": self._weight_dropout, "zoneout": dict(self._zoneout)}
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in drops.items() if value)])
 
-    def _constants(self, *values: float) -> Tensor:
-        """Numbers of the equations as vectors: written into the equations, each would compile kernels of its own."""
-        wide = accumulation_dtype(self.bias_ih.dtype)
+    def _constants(self) -> Tensor:
+        """The vectors of a cell for which they are numbers, options of these names.
+
+        Written into the equations as what they are, each would compile kernels of its own.
+        """
+        wide, values = accumulation_dtype(self.bias_ih.dtype), [getattr(self, name) for name in self.cell.vectors]
         return torch.stack([self.bias_ih.new_full((self.width,), value, dtype=wide) for value in values])
 
     def state_spec(self) -> dict[str, Any]:

@@ -97,8 +97,8 @@ def _slopes(let: Let) -> dict[Symbol, Expr]:
 def forward(program: Program, level: int) -> Pass:
     """The pass that computes the roots of a level, and what is stored in place on the way."""
     here = roots(program, level)
-    lets = _closure(program, here)
-    stored = [let.symbol for let in lets if let.symbol in in_place(program)]
+    lets, there = _closure(program, here), in_place(program)
+    stored = [let.symbol for let in lets if let.symbol in there]
     return shared(lets, [(symbol, symbol) for symbol in dict.fromkeys([*here, *stored])])
 
 

@@ -47,8 +47,7 @@ def run(
     narrow: int = 0,
 ) -> tuple[Tensor, Tensor]:
     codes = None if segments is None else segments.codes()
-    tensors = (tensor.float() for tensor in (inputs, matrices, vectors, state))
-    given = [*tensors]
+    given = [tensor.float() for tensor in (inputs, matrices, vectors, state)]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     y, last = _call(cell.key, *given, codes, clip, cut, narrow, keep)[:2]
     return y, last.to(state.dtype)
